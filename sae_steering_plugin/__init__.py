@@ -1,0 +1,100 @@
+"""Steering with sparse autoencoder features, inside TransformerLens and SAELens.
+
+Importing this package loads neither PyTorch nor a host: every public name is looked up when it is
+first used. The `"steering"` architecture is registered with SAELens as soon as SAELens is imported,
+whoever imports it and in whichever order, so that `SAE.load_from_disk` reads a steering dictionary.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+__version__ = "0.1.0"
+
+_ROOMS: dict[str, str] = {
+    "types": "SteeringVector Recipe Positions ALL PREFILL DECODE LAST AFTER_PROMPT Edit Contrast "
+    "Labelled FeatureTable Selection Scores Effect SparseCodes Scenario",
+    "directions": "feature_vector sas_vector probe_vector diff_mean_vector caa_vector pca_vector",
+    "edits": "Add Clamp Scale Ablate SparseAdd ProjectOut",
+    "effects": "compare",
+    "adapters.engine": "calibrate_strength steer fwd_hooks generate",
+    "adapters.transformer_lens": "load_model",
+    "adapters.sae_lens": "SteeringDictionary load_sae",
+    "organisms": "load_organism list_organisms",
+    "runs.collect": "collect_contrast collect_labelled",
+    "runs.contrast_files": "read_contrast",
+    "runs.rollouts": "run_rollouts dose_response",
+}
+"""Which module each public name lives in. Reading this table imports none of them."""
+
+_HOME: dict[str, str] = {name: room for room, names in _ROOMS.items() for name in names.split()}
+
+__all__ = sorted(_HOME)
+
+_SAE_ADAPTER = f"{__name__}.adapters.sae_lens"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, _HOME, n=3)
+        hint = f"; nearest are {', '.join(near)}" if near else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _RegisterAfterImport:
+    """A finder that registers the architecture right after SAELens has been imported, once."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "sae_lens":
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        for finder in sys.meta_path:
+            spec = finder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _RegisteringLoader(spec.loader)  # type: ignore[assignment]
+                return spec
+        return None
+
+
+class _RegisteringLoader:
+    """Runs a module's own loader, gives the module back to it, then imports the SAELens adapter."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        spec.loader = self.loader
+        module = self.loader.create_module(spec)
+        spec.loader = self  # type: ignore[assignment]
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        importlib.import_module(_SAE_ADAPTER)
+
+
+def _register_architecture() -> None:
+    """Register now if SAELens is loaded, else when it is; a second call changes nothing."""
+    if "sae_lens" in sys.modules:
+        importlib.import_module(_SAE_ADAPTER)
+    elif not any(type(finder).__name__ == "_RegisterAfterImport" for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisterAfterImport())  # type: ignore[arg-type]
+
+
+_register_architecture()
