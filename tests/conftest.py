@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no network, both hosts, and the shared data when it is there."""
+"""What every test shares: one thread, no network, both hosts, the shared data where it is."""
 
 import os
 
