@@ -5,6 +5,7 @@ Nothing here imports a host or another room. Axis words: `batch pos d_model d_sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -104,7 +105,8 @@ class Recipe:
     `positive` says in words what a positive strength is fitted to do (the label orientation).
     `unit` is the strength unit that `strength=1.0` was reported in. `mean_norm` is the mean
     residual norm at the site and `max_activation` the feature's largest activation, both measured
-    on the data the vector was built from; None when not measured. `scores` holds held-out figures
+    on the data the vector was built from; None when not measured. `kl_curve` holds pairs (signed
+    length, nats per token) that `calibrate_strength` measured. `scores` holds held-out figures
     (never training figures without `train` in their name), `settings` every option of the method.
     """
 
@@ -118,6 +120,7 @@ class Recipe:
     mean_norm: float | None = None
     max_activation: float | None = None
     row_norm: float | None = None
+    kl_curve: tuple[tuple[float, float], ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
@@ -130,7 +133,8 @@ class Recipe:
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
             raise ValueError(f"a recipe has no field {unknown[0]!r}")
-        return cls(**values)
+        curve = tuple((float(a), float(b)) for a, b in values.get("kl_curve", ()))
+        return cls(**{**values, "kl_curve": curve})
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +191,7 @@ class SteeringVector:
         """Displacement, in residual units, of strength 1.0 in `unit`.
 
         Raises ValueError when the recipe lacks the measurement that the unit needs. `kl` has no
-        fixed length: use the table that `calibrate_strength` returns.
+        fixed length: see `displacement`.
         """
         recipe = self.recipe
         if unit == "raw":
@@ -205,9 +209,46 @@ class SteeringVector:
             "lacks that figure. Build it from data with collect_contrast, or use calibrate_strength."
         )
 
+    def displacement(self, strength: float, unit: Unit) -> float:
+        """Signed length, in residual units, of `strength` given in `unit`.
+
+        A KL budget is read off the measured curve: length is interpolated in the square root of
+        the nats, because KL grows with the square of a small step. Its sign is the direction.
+        """
+        if unit != "kl":
+            return strength * self.length_of(unit)
+        lengths, roots = self._kl_side(strength)
+        if abs(strength) ** 0.5 > roots[-1]:
+            raise ValueError(
+                f"{abs(strength):g} nats lies beyond the measured curve ({roots[-1] ** 2:.3g} nats): "
+                "calibrate with a larger budget"
+            )
+        return math.copysign(interpolate(abs(strength) ** 0.5, roots, lengths), strength)
+
     def convert(self, strength: float, unit: Unit, to: Unit) -> float:
-        """The same displacement written in another unit; any two of raw, unit, norm, max_activation."""
-        return strength * self.length_of(unit) / self.length_of(to)
+        """The same displacement written in another unit; any two units convert."""
+        length = self.displacement(strength, unit)
+        if to != "kl":
+            return length / self.length_of(to)
+        lengths, roots = self._kl_side(length)
+        if abs(length) > lengths[-1]:
+            raise ValueError(
+                f"length {abs(length):.3g} lies beyond the measured KL curve ({lengths[-1]:.3g})"
+            )
+        return math.copysign(interpolate(abs(length), lengths, roots) ** 2, length)
+
+    def _kl_side(self, sign: float) -> tuple[list[float], list[float]]:
+        """The measured lengths and square roots of nats on one side, from zero upwards."""
+        side = sorted((abs(a), max(b, 0.0)) for a, b in self.recipe.kl_curve if a * sign > 0)
+        if sign and not side:
+            raise ValueError(
+                f"vector {self.label!r} has no KL curve on that side: run calibrate_strength first"
+            )
+        lengths, roots = [0.0], [0.0]
+        for length, nats in side:
+            lengths.append(length)
+            roots.append(max(roots[-1], nats**0.5))
+        return lengths, roots
 
     def with_recipe(self, **changes: Any) -> SteeringVector:
         return replace(self, recipe=replace(self.recipe, **changes))
@@ -227,6 +268,15 @@ class SteeringVector:
         }
         cells = "".join(f"<tr><th>{escaped(k)}</th><td>{escaped(v)}</td></tr>" for k, v in rows.items())
         return f"<table><caption>SteeringVector</caption>{cells}</table>"
+
+
+def interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Linear interpolation of y at x on ascending `xs`; the last y beyond their end."""
+    for i in range(1, len(xs)):
+        if x <= xs[i]:
+            step = xs[i] - xs[i - 1]
+            return ys[i] if step == 0 else ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / step
+    return ys[-1]
 
 
 SMALLEST_NORM = 1e-8
@@ -283,7 +333,8 @@ class Labelled:
 
     `labels` is 1 for positive and 0 for negative rows. `pairs[i]` is the row's pair number, -1
     without one. `groups` are template ids. `mean_norm` is the mean residual norm over all real
-    non-BOS tokens seen while collecting. `texts` are kept for the text-only baseline.
+    non-BOS tokens seen while collecting. `texts` are kept for the text-only baseline. `letters[i]` is
+    the answer letter the row was read at; empty when rows were read at the last token.
     """
 
     activations: Float[Tensor, "example d_model"]
@@ -295,9 +346,12 @@ class Labelled:
     mean_norm: float
     model_name: str = ""
     name: str = ""
+    letters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.activations)
+        if self.letters and len(self.letters) != n:
+            raise ValueError(f"letters has {len(self.letters)} entries, not {n}")
         for field_name in ("labels", "groups", "pairs", "texts"):
             if len(getattr(self, field_name)) != n:
                 raise ValueError(f"{field_name} has {len(getattr(self, field_name))} entries, not {n}")
@@ -362,6 +416,8 @@ class Effect:
     is a bootstrap over items at `level`. `p_value` belongs to `test`. `valid_rate` is the share of
     the arm's outputs that were well formed. `moved_wrong` is the share of items moved against the
     intended sign. `displacement` is the mean length of the change against the mean residual norm.
+    `d_z` is the paired effect size. `n_missing` items lacked a value in one arm and are not in `n`.
+    `p_adjusted` is the p value after `correction` over the family it was reported with.
     """
 
     method: str
@@ -386,6 +442,10 @@ class Effect:
     displacement: float = float("nan")
     model: str = ""
     judge: str = "rule"
+    d_z: float = float("nan")
+    n_missing: int = 0
+    p_adjusted: float = float("nan")
+    correction: str = "none"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -421,10 +481,16 @@ class Dictionary(Protocol):
 
 @runtime_checkable
 class Change(Protocol):
-    """What to add to an activation. `hook_name` is where its vector or dictionary belongs, if known."""
+    """What to add to an activation. `hook_name` is where its vector or dictionary belongs, if known.
+
+    `batch_rows` is the number of batch rows it was written for (per-row strengths); 1 fits any batch.
+    """
 
     @property
     def hook_name(self) -> str | None: ...
+
+    @property
+    def batch_rows(self) -> int: ...
 
     def prepare(self, *, dtype: torch.dtype, device: torch.device | str) -> PreparedChange: ...
 

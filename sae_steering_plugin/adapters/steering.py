@@ -1,0 +1,559 @@
+"""Edits put on a host's hook points: `steer` as a context manager, `fwd_hooks` as a list for the host.
+
+All edits of one site read the same, unedited activation, and what they add is summed, so their order
+does not matter (`Scale`, `Clamp` and `Ablate` of one dictionary act on each other's result; see
+`edits.codes`). Edits of different sites act where they stand.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_steering_plugin.adapters.calls import Frame, Observer, Scope
+from sae_steering_plugin.adapters.calls import Sequence as Fed
+from sae_steering_plugin.adapters.sae_parts import site_names
+from sae_steering_plugin.adapters.transformer_lens import (
+    Model,
+    Site,
+    layer_of,
+    refuse_compiled,
+    resolve,
+    same_place,
+)
+from sae_steering_plugin.edits.codes import CodeChange, PreparedCodes, constant_step, prepare_together
+from sae_steering_plugin.types import Change, Edit, PreparedChange, escaped
+
+
+class SteeringError(RuntimeError):
+    """An edit did not act once and only once where it was told to."""
+
+
+@dataclass(eq=False)
+class EditRecord:
+    """What one edit did: passes it fired in, tokens it steered, and how far it moved them.
+
+    `mean_change` is the mean length of what was added and `mean_residual` the mean length of the
+    activation before, both over the measured tokens: every forward pass and prompt, and the first
+    decoded token where only decoding is steered. Rows that had ended are not counted.
+    """
+
+    edit: Edit
+    site: str
+    fired: int = 0
+    _tokens: dict[Any, Tensor] = field(default_factory=dict)
+    _steps: dict[Any, tuple[Fed, list[tuple[int, Tensor | None]]]] = field(default_factory=dict)
+    _sums: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def tokens_per_row(self) -> list[Tensor]:
+        """Steered tokens per batch row, one tensor per generate call or bare sequence, in order."""
+        found = {key: counts.clone() for key, counts in self._tokens.items()}
+        for key, (fed, steps) in self._steps.items():
+            alive = fed.alive() if fed.fed else None
+            for step, keep in steps:
+                counts = torch.ones(fed.rows, dtype=torch.long) if keep is None else keep.sum(dim=1)
+                if alive is not None and step < alive.shape[1]:
+                    counts = counts.cpu() * alive[:, step].long().cpu()
+                found[key] = found.get(key, torch.zeros(fed.rows, dtype=torch.long)) + counts.cpu()
+        return list(found.values())
+
+    @property
+    def tokens(self) -> int:
+        """Steered tokens in all."""
+        return sum(int(counts.sum()) for counts in self.tokens_per_row)
+
+    @property
+    def mean_change(self) -> float:
+        return self._mean(0)
+
+    @property
+    def mean_residual(self) -> float:
+        return self._mean(1)
+
+    @property
+    def displacement(self) -> float:
+        """Mean length of the change in units of the mean residual length; NaN when nothing was steered."""
+        return self.mean_change / self.mean_residual if self._sums else float("nan")
+
+    def _mean(self, which: int) -> float:
+        n = sum(float(sums[2]) for sums in self._sums)
+        return sum(float(sums[which]) for sums in self._sums) / n if n else float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "change": type(self.edit.change).__name__,
+            "site": self.site,
+            "positions": str(self.edit.positions),
+            "fired": self.fired,
+            "tokens": self.tokens,
+            "mean_change": self.mean_change,
+            "mean_residual": self.mean_residual,
+            "displacement": self.displacement,
+        }
+
+
+@dataclass(eq=False)
+class SteeringRecord:
+    """What happened inside one `steer` block, edit by edit."""
+
+    edits: list[EditRecord]
+
+    @property
+    def sites(self) -> list[str]:
+        return list(dict.fromkeys(edit.site for edit in self.edits))
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        return [edit.to_dict() for edit in self.edits]
+
+    def __repr__(self) -> str:
+        lines = [
+            f"  {e.to_dict()['change']} at {e.site}, {e.edit.positions}: {e.tokens} tokens in "
+            f"{e.fired} passes, change {e.mean_change:.3g} on residual {e.mean_residual:.3g}"
+            for e in self.edits
+        ]
+        return "\n".join(["SteeringRecord", *lines])
+
+    def _repr_html_(self) -> str:
+        rows = self.to_dict()
+        if not rows:
+            return "<p>no edit</p>"
+        head = "".join(f"<th>{escaped(name)}</th>" for name in rows[0])
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escaped(_short(v))}</td>" for v in row.values()) + "</tr>"
+            for row in rows
+        )
+        return f"<table><caption>SteeringRecord</caption><tr>{head}</tr>{body}</table>"
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+Single = tuple[int, Tensor | None, PreparedChange]
+Group = tuple[tuple[int, ...], PreparedCodes, str | None]
+
+
+@dataclass(eq=False)
+class Program:
+    """All edits of one site, prepared once per dtype and device, then called by the hook."""
+
+    observer: Observer
+    site: Site
+    edits: list[Edit]
+    records: list[EditRecord]
+    prompts: Tensor | None
+    measure: bool
+    reads: dict[int, str]
+    _ready: tuple[torch.dtype, torch.device] | None = None
+    _singles: list[Single] = field(default_factory=list)
+    _groups: list[Group] = field(default_factory=list)
+    _rows_checked: set[int] = field(default_factory=set)
+
+    @property
+    def key(self) -> str:
+        return f"{self.site.name}@{id(self)}"
+
+    def __call__(self, x: Tensor, hook: Any = None) -> Tensor | None:
+        del hook
+        frame = self.observer.frame
+        if frame is None:
+            raise SteeringError(
+                f"{self.site.name} fired outside a forward pass of the model: call the model itself, "
+                "not one of its parts, or positions are unknown"
+            )
+        self._count(frame)
+        flat = x.flatten(2) if x.ndim > 3 else x
+        if self._ready != (flat.dtype, flat.device):
+            self._prepare(flat)
+        if x.shape[0] not in self._rows_checked:
+            self._check_rows(x.shape[0])
+        keeps = [
+            frame.keep(edit.positions, _rows(edit), flat, self.prompts) for edit in self.edits
+        ]
+        self._note(frame, keeps, flat)
+        if len(self._singles) == 1 and not self._groups:
+            index, constant, _ = self._singles[0]
+            keep = keeps[index]
+            if keep is False:
+                return None
+            if constant is not None:
+                out = flat + constant if keep is True else torch.addcmul(flat, keep.to(flat.dtype), constant)
+                return out if out.shape == x.shape else out.reshape(x.shape)
+        return self._sum(x, flat, keeps, frame)
+
+    def _count(self, frame: Frame) -> None:
+        times = frame.fired.get(self.key, 0)
+        if times and not frame.finished:
+            raise SteeringError(
+                f"{self.site.name} fired twice in one forward pass: the edit is attached twice "
+                "(the same hooks in two contexts, or steer inside steer with the same list)"
+            )
+        frame.fired[self.key] = times + 1
+        if not times:
+            for record in self.records:
+                record.fired += 1
+
+    def _sum(
+        self, x: Tensor, flat: Tensor, keeps: list[Tensor | bool], frame: Frame
+    ) -> Tensor | None:
+        out, moved = flat, False
+        wide: Tensor | None = None
+        for index, constant, prepared in self._singles:
+            keep = keeps[index]
+            if keep is False:
+                continue
+            if constant is not None:
+                moved = True
+                out = out + constant if keep is True else torch.addcmul(out, keep.to(out.dtype), constant)
+                continue
+            change = prepared(flat).float()
+            change = change if keep is True else torch.where(keep, change, 0.0)
+            wide = change if wide is None else wide + change
+        for members, group, read in self._groups:
+            part = self._group_change(members, group, read, keeps, flat, frame)
+            if part is not None:
+                wide = part if wide is None else wide + part
+        if wide is not None:
+            out = (out.float() + wide).to(flat.dtype)
+        elif not moved:
+            return None
+        return out if out.shape == x.shape else out.reshape(x.shape)
+
+    def _group_change(
+        self,
+        members: tuple[int, ...],
+        group: PreparedCodes,
+        read: str | None,
+        keeps: list[Tensor | bool],
+        flat: Tensor,
+        frame: Frame,
+    ) -> Tensor | None:
+        wanted = [keeps[i] for i in members]
+        if all(keep is False for keep in wanted):
+            return None
+        if group.reads_context and frame.cached:
+            raise SteeringError(
+                "a temporal SAE reads the earlier tokens of a text, which a cached forward pass does "
+                "not carry: generate with use_past_kv_cache=False (generate(..., cached=False))"
+            )
+        source = flat if read is None else frame.captured[read]
+        blank = torch.zeros(*flat.shape[:2], 1, dtype=torch.bool, device=flat.device)
+        masks = [None if k is True else (blank if k is False else k) for k in wanted]
+        change = group(source.flatten(2) if source.ndim > 3 else source, masks)
+        if any(mask is None for mask in masks):
+            return change
+        union = torch.stack([m for m in masks if m is not None]).any(dim=0)
+        return torch.where(union, change, 0.0)
+
+    def _prepare(self, flat: Tensor) -> None:
+        """Make every change ready; outside inference mode, so that later passes may need gradients."""
+        with torch.inference_mode(False):
+            self._singles, self._groups = [], []
+            grouped: dict[int, list[int]] = {}
+            for i, edit in enumerate(self.edits):
+                if isinstance(edit.change, CodeChange):
+                    grouped.setdefault(id(edit.change.sae), []).append(i)
+                    continue
+                prepared = edit.change.prepare(dtype=flat.dtype, device=flat.device)
+                if not prepared.idle:
+                    self._singles.append((i, prepared.constant, prepared))
+            for members in grouped.values():
+                self._prepare_codes(members, flat)
+        for _, constant, _prepared in self._singles:
+            if constant is not None and constant.shape[-1] != flat.shape[-1]:
+                raise ValueError(
+                    f"the vector has {constant.shape[-1]} entries, the activation at {self.site.name} "
+                    f"has {flat.shape[-1]}: it was built for another model or site"
+                )
+        self._ready = (flat.dtype, flat.device)
+
+    def _prepare_codes(self, members: list[int], flat: Tensor) -> None:
+        changes: list[CodeChange] = [self.edits[i].change for i in members]  # type: ignore[misc]
+        prepared = prepare_together(changes, dtype=flat.dtype, device=flat.device)
+        if prepared.idle:
+            return
+        read = self.reads.get(members[0])
+        steps = [constant_step(change, flat.device) for change in changes]
+        if all(step is not None for step in steps) and read is None:
+            for i, step, change in zip(members, steps, changes, strict=True):
+                if not change.idle and step is not None:
+                    constant = step.to(flat.dtype).unsqueeze(1)
+                    self._singles.append((i, constant, prepared))  # type: ignore[arg-type]
+            return
+        self._groups.append((tuple(members), prepared, read))
+
+    def _check_rows(self, batch: int) -> None:
+        for edit in self.edits:
+            if edit.change.batch_rows not in (1, batch):
+                raise ValueError(
+                    f"{type(edit.change).__name__} was written for {edit.change.batch_rows} batch rows, "
+                    f"and this batch has {batch}: give one strength per row of the batch"
+                )
+        self._rows_checked.add(batch)
+
+    def _note(self, frame: Frame, keeps: list[Tensor | bool], flat: Tensor) -> None:
+        assert frame.sequence is not None
+        key = frame.scope if frame.scope is not None else frame.sequence
+        for record, keep in zip(self.records, keeps, strict=True):
+            if frame.decode_step:
+                if keep is not False:
+                    fed = frame.sequence
+                    _, steps = record._steps.setdefault(key, (fed, []))
+                    steps.append((len(fed.fed) - 1, None if keep is True else keep[..., 0]))
+            else:
+                counts = _counts(keep, flat)
+                before = record._tokens.get(key) if frame.cached else None
+                record._tokens[key] = counts if before is None else before + counts
+            if self.measure and keep is not False and (not frame.decode_step or not record._sums):
+                self._measure(record, keep, flat, frame)
+
+    def _measure(self, record: EditRecord, keep: Tensor | bool, flat: Tensor, frame: Frame) -> None:
+        with torch.no_grad():
+            weights = torch.ones(*flat.shape[:2], 1, device=flat.device) if keep is True else keep.float()
+            lengths = flat.detach().float().norm(dim=-1, keepdim=True)
+            change = self._change_of(record, flat.detach(), keep, frame)
+            moved = change.norm(dim=-1, keepdim=True) if change is not None else torch.zeros_like(lengths)
+            record._sums.append(
+                ((moved * weights).sum(), (lengths * weights).sum(), weights.sum())
+            )
+
+    def _change_of(
+        self, record: EditRecord, flat: Tensor, keep: Tensor | bool, frame: Frame
+    ) -> Tensor | None:
+        index = self.records.index(record)
+        for i, constant, prepared in self._singles:
+            if i == index:
+                return (constant if constant is not None else prepared(flat)).detach().float()
+        for members, group, read in self._groups:
+            if index in members:
+                keeps: list[Tensor | bool] = [False] * len(self.edits)
+                keeps[index] = keep
+                return self._group_change(members, group, read, keeps, flat, frame)
+        return None
+
+    def check(self, frame: Frame) -> None:
+        """After a whole forward pass: the site must have fired once in it."""
+        if not frame.whole or frame.fired.get(self.key):
+            return
+        layer = layer_of(self.site.name)
+        if frame.first_layer is not None and (layer is None or layer < frame.first_layer):
+            return
+        hint = ""
+        if layer is None and frame.scope is not None:
+            hint = " (HookedTransformer.generate embeds by itself: use blocks.0.hook_resid_pre)"
+        raise SteeringError(f"{self.site.name} did not fire in a whole forward pass{hint}")
+
+    def alive(self) -> None:
+        if not self.site.live:
+            raise SteeringError(
+                f"the hook point {self.site.name} was replaced inside the steering block (SAELens does "
+                "so when an SAE is attached or detached): attach SAEs outside, steer inside"
+            )
+
+
+def _counts(keep: Tensor | bool, flat: Tensor) -> Tensor:
+    if isinstance(keep, bool):
+        return torch.full((flat.shape[0],), flat.shape[1] if keep else 0, dtype=torch.long)
+    return keep[..., 0].sum(dim=1).cpu()
+
+
+def _rows(edit: Edit) -> tuple[int, ...] | None:
+    return None if edit.rows is None else tuple(int(r) for r in edit.rows)
+
+
+def as_edits(edits: Edit | Change | Sequence[Edit | Change]) -> list[Edit]:
+    """A list of edits from one edit, one change, or a mixed list. Raises TypeError for anything else."""
+    listed = [edits] if not isinstance(edits, list | tuple) else list(edits)
+    found = []
+    for item in listed:
+        if isinstance(item, Edit):
+            found.append(item)
+        elif isinstance(item, Change):
+            found.append(Edit(item))
+        else:
+            raise TypeError(
+                f"{type(item).__name__} is not an edit: pass Edit(Add(vector)), or a change such as "
+                "Add(vector), Clamp(sae, feature, value), SparseAdd(sae, vector)"
+            )
+    return found
+
+
+def _programs(
+    model: Model,
+    edits: list[Edit],
+    observer: Observer,
+    prompt_lengths: int | Sequence[int] | Tensor | None,
+    measure: bool,
+) -> tuple[list[Program], list[tuple[str, Site]], SteeringRecord]:
+    """One program per site, the read sites of transcoders, and the empty record."""
+    prompts = None if prompt_lengths is None else torch.as_tensor(prompt_lengths, dtype=torch.long)
+    by_site: dict[int, Program] = {}
+    captures: dict[str, Site] = {}
+    records = []
+    for edit in edits:
+        site = resolve(model, edit.site)
+        read = _read_site(model, edit, site)
+        if read is not None:
+            captures[read.name] = read
+        program = by_site.get(id(site.point))
+        if program is None:
+            program = by_site[id(site.point)] = Program(
+                observer, site, [], [], prompts, measure, {}
+            )
+        if read is not None:
+            program.reads[len(program.edits)] = read.name
+        record = EditRecord(edit, site.name)
+        program.edits.append(edit)
+        program.records.append(record)
+        records.append(record)
+    return list(by_site.values()), list(captures.items()), SteeringRecord(records)
+
+
+def _read_site(model: Model, edit: Edit, site: Site) -> Site | None:
+    """Checks that a code edit stands where its dictionary belongs; the input site of a transcoder."""
+    if not isinstance(edit.change, CodeChange):
+        return None
+    read, write = site_names(edit.change.sae)
+    if not same_place(model, edit.site, write):
+        raise ValueError(
+            f"this dictionary was trained at {write!r}; an edit of its codes at {edit.site!r} would "
+            "read activations it has never seen"
+        )
+    if site.sae is not None and not site.sae_error_term:
+        raise ValueError(
+            f"an SAE is attached at {edit.site!r} without its error term, so its reconstruction has "
+            "already replaced the activation: attach it with use_error_term=True, or call reset_saes()"
+        )
+    return None if read == write else resolve(model, read)
+
+
+@contextmanager
+def steer(
+    model: Model,
+    edits: Edit | Change | Sequence[Edit | Change],
+    *,
+    prompt_lengths: int | Sequence[int] | Tensor | None = None,
+    require: bool = True,
+    measure: bool = True,
+) -> Iterator[SteeringRecord]:
+    """Apply edits to everything the model computes inside the block; yields the record of what happened.
+
+    Works for forward passes, `run_with_cache`, `generate`, `hf_generate` and loops of one's own, cached
+    or not. Names are resolved before the first pass (KeyError), SAE sites are checked (ValueError), a
+    compiled model is refused (RuntimeError). `prompt_lengths` (real tokens per row, BOS included) says
+    where the prompt ends when the host's calls cannot: in a loop of one's own without a cache, or in a
+    conversation whose first prompt alone counts as prompt. At exit an edit that never fired or steered
+    no token raises `SteeringError`, unless `require=False`. Nothing is left on the model.
+    """
+    refuse_compiled(model)
+    observer = Observer.of(model)
+    programs, captures, record = _programs(
+        model, as_edits(edits), observer, prompt_lengths, measure
+    )
+    handles = []
+    observer.hold()
+    try:
+        for name, site in captures:
+            handles.append(site.point.register_forward_hook(_capturing(observer, name)))
+        for program in programs:
+            handles.append(program.site.point.register_forward_hook(_hook(program)))
+            observer.checks.append(program.check)
+            observer.before.append(program.alive)
+        yield record
+        if require:
+            _insist(record)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for program in programs:
+            if program.check in observer.checks:
+                observer.checks.remove(program.check)
+            if program.alive in observer.before:
+                observer.before.remove(program.alive)
+        observer.release()
+
+
+def _hook(program: Program) -> Callable[..., Tensor | None]:
+    return lambda module, arguments, output: program(output)
+
+
+def _capturing(observer: Observer, name: str) -> Callable[..., None]:
+    def capture(module: Any, arguments: Any, output: Tensor) -> None:
+        del module, arguments
+        if observer.frame is not None:
+            observer.frame.captured[name] = output
+
+    return capture
+
+
+def _insist(record: SteeringRecord) -> None:
+    for edit in record.edits:
+        if not edit.fired:
+            raise SteeringError(
+                f"the edit at {edit.site} never fired: no forward pass of this model ran inside the "
+                "block (pass require=False if that is meant)"
+            )
+        if not edit.tokens:
+            raise SteeringError(
+                f"the edit at {edit.site} fired in {edit.fired} passes and steered no token: "
+                f"positions {edit.edit.positions} hold none of the tokens seen"
+                + (
+                    " (the first new token comes from the prompt; decode needs max_new_tokens >= 2)"
+                    if edit.edit.positions.phase == "decode"
+                    else ""
+                )
+            )
+
+
+def fwd_hooks(
+    model: Model,
+    edits: Edit | Change | Sequence[Edit | Change],
+    *,
+    prompt_lengths: int | Sequence[int] | Tensor | None = None,
+) -> list[tuple[str, Callable[..., Tensor | None]]]:
+    """`[(hook_name, function)]` for `model.hooks(fwd_hooks=...)` and `run_with_hooks`.
+
+    Names are canonical, so they fire once whatever was attached before. Each function carries
+    `.record`. Nothing checks at the end that it fired: `steer` does. Raises ValueError for a
+    transcoder, whose edit needs two hook points at once in step.
+    """
+    refuse_compiled(model)
+    observer = Observer.of(model)
+    programs, captures, record = _programs(model, as_edits(edits), observer, prompt_lengths, True)
+    pairs: list[tuple[str, Callable[..., Tensor | None]]] = []
+    for name, _ in captures:
+        capture = _capturing(observer, name)
+        pairs.append((name, lambda x, hook, _capture=capture: _capture(hook, None, x)))
+    for program in programs:
+        pairs.append((program.site.name, _standing(program, record)))
+    for _, function in pairs:
+        observer.hold()
+        weakref.finalize(function, observer.release)
+    return pairs
+
+
+def _standing(program: Program, record: SteeringRecord) -> Callable[..., Tensor | None]:
+    def edit(activation: Tensor, hook: Any = None) -> Tensor | None:
+        program.alive()
+        return program(activation, hook)
+
+    edit.record = record  # type: ignore[attr-defined]
+    return edit
+
+
+__all__ = [
+    "EditRecord",
+    "Scope",
+    "SteeringError",
+    "SteeringRecord",
+    "as_edits",
+    "fwd_hooks",
+    "steer",
+]
