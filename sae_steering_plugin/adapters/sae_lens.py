@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -316,59 +316,6 @@ def content_hash(sae: Any) -> str:
 def same_sae(one: str, other: str) -> bool:
     """True when two ids of `sae_id` name the same weights."""
     return one.rpartition("#")[2] == other.rpartition("#")[2]
-
-
-def base_codes(vector: SteeringVector, sae: Any) -> SparseCodes:
-    """The sparse form of `vector`, after asking that `sae` is the one it was written in.
-
-    Raises ValueError for a vector without codes, or for another SAE: indices of one dictionary mean
-    nothing in another.
-    """
-    if vector.codes is None:
-        raise ValueError(f"vector {vector.label!r} ({vector.recipe.method}) has no sparse form")
-    if vector.codes.d_sae != sae.cfg.d_sae or not same_sae(vector.codes.sae_id, sae_id(sae)):
-        raise ValueError(
-            f"vector {vector.label!r} is written in {vector.codes.sae_id!r} "
-            f"({vector.codes.d_sae} latents), not in {sae_id(sae)!r} ({sae.cfg.d_sae} latents): "
-            "load that SAE"
-        )
-    return vector.codes
-
-
-def check_site(sae: Any, hook_name: str, *, side: Literal["read", "write"] = "read") -> None:
-    """Raise ValueError unless `hook_name` is where `sae` reads (or writes) its activations.
-
-    Names of one place agree: the bridge's `hook_in` / `hook_out`, and `resid_pre` of a block with
-    `resid_post` of the block before it.
-    """
-    own = site_names(sae)[0 if side == "read" else 1]
-    if place(own) != place(hook_name):
-        raise ValueError(
-            f"this SAE {side}s {own!r}, not {hook_name!r}: use its own hook point, or load the SAE "
-            "that was trained there"
-        )
-
-
-BRIDGE_NAMES = {
-    "hook_in": "hook_resid_pre",
-    "hook_out": "hook_resid_post",
-    "ln2.hook_in": "hook_resid_mid",
-    "mlp.hook_out": "hook_mlp_out",
-    "attn.hook_out": "hook_attn_out",
-    "attn.o.hook_in": "attn.hook_z",
-}
-"""Canonical names of `TransformerBridge` and the older alias of the same place."""
-
-
-def place(hook_name: str) -> str:
-    """One spelling for the several names of one place in the residual stream."""
-    parts = hook_name.split(".", 2)
-    if len(parts) < 3 or parts[0] != "blocks" or not parts[1].isdigit():
-        return hook_name
-    block, name = int(parts[1]), BRIDGE_NAMES.get(parts[2], parts[2])
-    if name == "hook_resid_post":
-        block, name = block + 1, "hook_resid_pre"
-    return f"blocks.{block}.{name}"
 
 
 def load_sae(spec: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:

@@ -11,8 +11,6 @@ from sae_steering_plugin.adapters.dictionary_rows import index_bytes, indices_fr
 from sae_steering_plugin.adapters.sae_lens import (
     SteeringDictionary,
     SteeringDictionaryConfig,
-    base_codes,
-    check_site,
     content_hash,
     load_sae,
     register,
@@ -276,16 +274,17 @@ def test_tensors_in_a_recipe_become_plain_numbers():
     assert back.recipe.scores == {"auroc": 0.5}
 
 
-def test_codes_are_refused_for_another_sae():
-    sae, other = tiny_sae(seed=0), tiny_sae(seed=1)
-    one = sparse_vector(sae)
-    assert base_codes(one, sae) is one.codes
-    with pytest.raises(ValueError, match="is written in 'standard@blocks.0.hook_resid_post#"):
-        base_codes(one, other)
-    with pytest.raises(ValueError, match=r"\(32 latents\), not in .*\(64 latents\)"):
-        base_codes(one, tiny_sae(d_sae=64))
-    with pytest.raises(ValueError, match="has no sparse form"):
-        base_codes(vector(1), sae)
+def test_codes_that_were_stored_are_refused_by_another_sae(tmp_path):
+    from sae_steering_plugin.edits import SparseAdd
+
+    sae = tiny_sae(seed=0)
+    made = SteeringDictionary.from_vectors([sparse_vector(sae)])
+    stored = reloaded(made, tmp_path).vector("sas")
+    assert torch.equal(SparseAdd(sae, stored).codes.indices, stored.codes.indices)
+    with pytest.raises(ValueError, match=r"built in 'standard@blocks\.0\.hook_resid_post#"):
+        SparseAdd(tiny_sae(seed=1), stored)
+    with pytest.raises(ValueError, match="32 latents, the dictionary 64"):
+        SparseAdd(tiny_sae(d_sae=64), stored)
 
 
 def test_folding_the_row_lengths_is_refused(tmp_path):
@@ -445,36 +444,6 @@ def test_an_id_shows_where_the_sae_is_from_and_compares_by_content():
 def test_an_sae_without_weights_has_no_id():
     with pytest.raises(ValueError, match="device 'meta'"):
         sae_id(tiny_sae().to("meta"))
-
-
-@pytest.mark.parametrize(
-    ("own", "same", "other"),
-    [
-        ("blocks.0.hook_resid_post", "blocks.0.hook_out", "blocks.0.hook_resid_pre"),
-        ("blocks.0.hook_resid_post", "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"),
-        ("blocks.3.hook_resid_pre", "blocks.3.hook_in", "blocks.4.hook_in"),
-        ("blocks.3.hook_resid_pre", "blocks.2.hook_out", "blocks.3.hook_out"),
-        ("blocks.1.hook_mlp_out", "blocks.1.mlp.hook_out", "blocks.1.hook_out"),
-        ("blocks.1.attn.hook_z", "blocks.1.attn.o.hook_in", "blocks.2.attn.hook_z"),
-        ("hook_embed", "hook_embed", "blocks.0.hook_resid_pre"),
-    ],
-)
-def test_sites_agree_across_the_names_of_one_place(own, same, other):
-    sae = tiny_sae()
-    sae.cfg.metadata.hook_name = own
-    check_site(sae, own)
-    check_site(sae, same)
-    with pytest.raises(ValueError, match=f"this SAE reads {own!r}, not {other!r}"):
-        check_site(sae, other)
-
-
-def test_a_transcoder_is_checked_on_the_side_asked_for():
-    sae = tiny_sae("transcoder", d_out=D_MODEL, apply_b_dec_to_input=False)
-    sae.cfg.metadata.hook_name_out = "blocks.0.hook_mlp_out"
-    check_site(sae, SITE)
-    check_site(sae, "blocks.0.mlp.hook_out", side="write")
-    with pytest.raises(ValueError, match="this SAE writes 'blocks.0.hook_mlp_out'"):
-        check_site(sae, SITE, side="write")
 
 
 def test_loading_from_a_folder_says_what_is_missing(tmp_path):
