@@ -20,7 +20,8 @@ CORPUS = (
 
 @cache
 def tiny_tokenizer() -> Any:
-    """A byte-level BPE tokenizer with <pad> 0, <bos> 1, <eos> 2, right padding; fast, with offsets."""
+    """A byte-level BPE tokenizer with <pad> 0, <bos> 1, <eos> 2, right padding; fast, with
+    offsets."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -45,7 +46,7 @@ def tiny_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(folder)  # a reload gives the tokenizer its name_or_path
 
 
-def tiny_ht(*, n_ctx: int = 64, seed: int = 0) -> Any:
+def tiny_hooked(*, n_ctx: int = 64, seed: int = 0) -> Any:
     """A HookedSAETransformer with random weights, learned positions and the tiny tokenizer."""
     from sae_lens import HookedSAETransformer
     from transformer_lens import HookedTransformerConfig
@@ -72,7 +73,10 @@ def tiny_bridge(*, n_ctx: int = 64, seed: int = 0) -> Any:
     from sae_lens import SAETransformerBridge
 
     return SAETransformerBridge.boot_transformers(
-        "tiny-gpt2", hf_model=tiny_hf(n_ctx=n_ctx, seed=seed), tokenizer=tiny_tokenizer(), device="cpu"
+        "tiny-gpt2",
+        hf_model=tiny_hf(n_ctx=n_ctx, seed=seed),
+        tokenizer=tiny_tokenizer(),
+        device="cpu",
     )
 
 
@@ -96,7 +100,9 @@ def tiny_hf(*, n_ctx: int = 64, seed: int = 0) -> Any:
         return GPT2LMHeadModel(config).eval()
 
 
-def tiny_sae(architecture: str = "standard", *, d_sae: int = 32, seed: int = 0, **options: Any) -> Any:
+def tiny_sae(
+    architecture: str = "standard", *, d_sae: int = 32, seed: int = 0, **options: Any
+) -> Any:
     """A random SAELens SAE of any architecture at `SITE`, with `options` for its config."""
     from sae_lens.registry import get_sae_class
     from sae_lens.saes.sae import SAEMetadata
@@ -105,6 +111,9 @@ def tiny_sae(architecture: str = "standard", *, d_sae: int = 32, seed: int = 0, 
     metadata = SAEMetadata(hook_name=SITE, model_name="tiny", prepend_bos=True)
     if architecture in ("topk", "abstopk"):
         options.setdefault("k", 4)
+    if architecture == "temporal":
+        options.setdefault("n_heads", 2)
+        options.setdefault("bottleneck_factor", 4)
     config = config_class(d_in=D_MODEL, d_sae=d_sae, metadata=metadata, **options)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

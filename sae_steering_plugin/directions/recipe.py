@@ -1,0 +1,128 @@
+"""Recipes of vectors built from labelled examples, and the checks all constructions share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_steering_plugin.types import Labelled, Recipe
+
+LETTERS_BETWEEN = (0.4, 0.6)
+"""Share of one answer letter among the positive rows outside which a letter set is refused."""
+
+
+def recipe_of(
+    labelled: Labelled,
+    method: str,
+    *,
+    positive: str,
+    seed: int | None = None,
+    sae_id: str = "",
+    settings: Mapping[str, Any] | None = None,
+    scores: Mapping[str, Any] | None = None,
+    source: str = "",
+    mean_norm: float | None = None,
+) -> Recipe:
+    """The recipe of a vector built from `labelled`; `mean_norm` overrides the one measured
+    there."""
+    measured = labelled.mean_norm if mean_norm is None else mean_norm
+    return Recipe(
+        method=method,
+        positive=positive or f"moves towards label 1 of {labelled.name or 'the examples'}",
+        model_name=labelled.model_name,
+        sae_id=sae_id,
+        n=len(labelled),
+        seed=seed,
+        mean_norm=measured if math.isfinite(measured) and measured > 0 else None,
+        settings={
+            "groups": len(set(labelled.groups)),
+            "positive_rows": int((labelled.labels == 1).sum()),
+            **(settings or {}),
+        },
+        scores=without_nan(scores or {}),
+        source=source,
+    )
+
+
+def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same figures with None for what is undefined, so that they survive strict JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return without_nan(value)
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: plain(value) for key, value in values.items()}
+
+
+def require_both_labels(labelled: Labelled) -> None:
+    """Raise ValueError unless every label is 0 or 1 and both occur."""
+    kinds = sorted(int(label) for label in labelled.labels.unique())
+    if kinds != [0, 1]:
+        raise ValueError(
+            f"{labelled.name or 'the examples'} have labels {kinds}: a direction needs rows of "
+            "label 1 and rows of label 0"
+        )
+
+
+def pair_rows(labelled: Labelled) -> tuple[Tensor, Tensor]:
+    """Row numbers of the positive and the negative member of each pair, in the same order.
+
+    Raises ValueError when a row belongs to no pair or a pair is not one positive and one negative.
+    """
+    if (labelled.pairs < 0).any():
+        raise ValueError(
+            f"row {int((labelled.pairs < 0).nonzero()[0])} belongs to no pair: use "
+            "diff_mean_vector for examples that do not pair up"
+        )
+    sides = []
+    for label in (1, 0):
+        rows = (labelled.labels == label).nonzero().flatten()
+        numbers, order = labelled.pairs[rows].sort()
+        if len(numbers.unique()) != len(numbers):
+            doubled = int(numbers[:-1][numbers[1:] == numbers[:-1]][0])
+            raise ValueError(f"pair {doubled} has two rows of label {label}")
+        sides.append((numbers, rows[order]))
+    (first, positive), (second, negative) = sides
+    if not torch.equal(first, second):
+        lonely = sorted(set(first.tolist()) ^ set(second.tolist()))[0]
+        raise ValueError(f"pair {lonely} lacks its positive or its negative row")
+    return positive, negative
+
+
+def letter_balance(labelled: Labelled) -> float | None:
+    """Share of the positive rows whose answer letter is the set's first; None without letters."""
+    if not labelled.letters:
+        return None
+    first = min(set(labelled.letters))
+    positive = [
+        letter
+        for letter, label in zip(labelled.letters, labelled.labels, strict=True)
+        if label == 1
+    ]
+    return sum(letter == first for letter in positive) / len(positive)
+
+
+def require_balanced_letters(labelled: Labelled, *, allow: bool) -> float | None:
+    """The letter balance. Raises ValueError outside 40 to 60 % unless `allow`.
+
+    When one letter is mostly the matching answer, the letter itself enters the vector with full
+    weight (arXiv 2312.06681 balances the option order for this reason).
+    """
+    balance = letter_balance(labelled)
+    if balance is None or allow:
+        return balance
+    low, high = LETTERS_BETWEEN
+    if not low <= balance <= high:
+        raise ValueError(
+            f"{balance:.0%} of the positive rows answer {min(set(labelled.letters))!r}: the vector "
+            "would hold the letter. Swap the options in half of the pairs, or pass "
+            "allow_unbalanced_letters=True"
+        )
+    return balance
