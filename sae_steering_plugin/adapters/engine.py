@@ -274,7 +274,9 @@ def _bridge_steps(model: Model) -> Step:
     state: dict[str, Any] = {}
 
     def step(chunk: Tensor, mask: Tensor, cached: bool) -> Tensor:
-        named: dict[str, Any] = {"attention_mask": mask, "use_cache": cached}
+        # a cache is asked for even where it is thrown away: without one the bridge takes a
+        # GatedDeltaNet path that transformers >= 5.15 no longer supports
+        named: dict[str, Any] = {"attention_mask": mask, "use_cache": True}
         if positions:
             index = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
             named["position_ids"] = index[:, -chunk.shape[1] :]
