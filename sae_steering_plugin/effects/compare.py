@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @runtime_checkable
-class Arm(Protocol):
+class ArmResults(Protocol):
     """One arm's results: `table()` gives one row per item, `details()` what an `Effect` says of it.
 
     The table holds a column naming the item, one column per outcome, and `valid` (was the output
@@ -32,8 +32,8 @@ SHOWN = 5
 
 
 def compare(
-    base: Arm,
-    arm: Arm,
+    base: ArmResults,
+    arm: ArmResults,
     *,
     outcome: str,
     item: str = "scenario",
@@ -83,9 +83,7 @@ def compare(
     )
 
 
-def matched(
-    first: pd.Series, second: pd.Series, outcome: str
-) -> tuple[pd.Series, pd.Series, int]:
+def matched(first: pd.Series, second: pd.Series, outcome: str) -> tuple[pd.Series, pd.Series, int]:
     """Both columns on the items that have a value in both, in base order, and how many lack one."""
     shared = first.dropna().index.intersection(second.dropna().index, sort=False)
     missing = first.index.union(second.index, sort=False).difference(shared, sort=False)
@@ -101,15 +99,13 @@ def matched(
     return first.loc[shared], second.loc[shared], len(missing)
 
 
-def outcome_column(arm: Arm, outcome: str, item: str) -> pd.Series:
+def outcome_column(arm: ArmResults, outcome: str, item: str) -> pd.Series:
     """One outcome indexed by item. Raises KeyError for an unknown column, ValueError for a repeat."""
     table = arm.table()
     for column in (item, outcome):
         if column not in table:
             known = [
-                name
-                for name in table.columns
-                if table[name].dtype.kind in "bif" or name == item
+                name for name in table.columns if table[name].dtype.kind in "bif" or name == item
             ]
             raise KeyError(f"no column {column!r}; the table has {', '.join(map(str, known))}")
     repeated = table[item][table[item].duplicated()]
@@ -121,7 +117,7 @@ def outcome_column(arm: Arm, outcome: str, item: str) -> pd.Series:
     return table.set_index(item)[outcome].astype("float64")
 
 
-def valid_rate(arm: Arm) -> float:
+def valid_rate(arm: ArmResults) -> float:
     """Share of an arm's items whose output was well formed; NaN when the table does not say."""
     table = arm.table()
     return float(table["valid"].mean()) if "valid" in table else float("nan")

@@ -34,7 +34,9 @@ def as_values(values: Values, name: str = "values") -> Float[np.ndarray, " n"]:
         raise ValueError(f"{name} has shape {column.shape}; one number per item is needed")
     if not np.isfinite(column).all():
         where = int(np.flatnonzero(~np.isfinite(column))[0])
-        raise ValueError(f"{name}[{where}] is {column[where]}: leave missing items out and count them")
+        raise ValueError(
+            f"{name}[{where}] is {column[where]}: leave missing items out and count them"
+        )
     return column
 
 
@@ -225,9 +227,7 @@ def with_finite_ends(draws: Float[np.ndarray, " resample"]) -> Float[np.ndarray,
 # Tests ------------------------------------------------------------------------------------------
 
 
-def paired_permutation(
-    base: Values, arm: Values, *, resamples: int = 9999, seed: int = 0
-) -> float:
+def paired_permutation(base: Values, arm: Values, *, resamples: int = 9999, seed: int = 0) -> float:
     """Two-sided p of the mean paired difference under random sign flips of the differences.
 
     Exact when the differences are whole numbers (the null distribution is a convolution) or when
@@ -406,7 +406,9 @@ def effect(
     """
     chosen = named_test(test or ("paired permutation" if paired else "mann-whitney"))
     if chosen.paired and not paired:
-        raise ValueError(f"{chosen.name!r} needs paired items; choose mann-whitney for paired=False")
+        raise ValueError(
+            f"{chosen.name!r} needs paired items; choose mann-whitney for paired=False"
+        )
     first, second = (
         paired_values(base, arm) if paired else (as_values(base, "base"), as_values(arm, "arm"))
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32, UInt32
 from torch import Tensor
 
 NoiseKey = int
@@ -25,15 +25,19 @@ def noise_key(seed: int, *parts: Hashable) -> NoiseKey:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
 
 
-def gumbel_row(key: NoiseKey, step: int, d_vocab: int) -> Float[np.ndarray, " d_vocab"]:
-    """Standard Gumbel noise for one row at one step.
+def philox_words(key: NoiseKey, step: int, count: int) -> UInt32[np.ndarray, " count"]:
+    """Random 32-bit words for one row at one step.
 
-    The words come from the counter-based generator Philox, whose stream NumPy guarantees, with the
-    step in the upper half of the counter, so any step is reached without drawing those before it.
+    They come from the counter-based generator Philox, whose stream NumPy guarantees, with the step
+    in the upper half of the counter, so any step is reached without drawing those before it.
     """
     source = np.random.Philox(key=key, counter=step << 128)
-    words = source.random_raw((d_vocab + 1) // 2).view(np.uint32)[:d_vocab]
-    uniform = (words + 0.5) / 2.0**32  # strictly inside 0..1
+    return source.random_raw((count + 1) // 2).view(np.uint32)[:count]
+
+
+def gumbel(words: UInt32[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
+    """Standard Gumbel noise from random words; float64 inside, so that it is always finite."""
+    uniform = (words + 0.5) * 2.0**-32  # strictly inside 0..1
     return (-np.log(-np.log(uniform))).astype(np.float32)
 
 
@@ -48,7 +52,7 @@ def gumbel_noise(
     places = [distinct[key] for key in keys]
 
     def noise(step: int) -> Float[Tensor, "batch d_vocab"]:
-        rows = np.stack([gumbel_row(key, step, d_vocab) for key in distinct])
-        return torch.from_numpy(rows)[places]
+        words = np.stack([philox_words(key, step, d_vocab) for key in distinct])
+        return torch.from_numpy(gumbel(words))[places]
 
     return noise

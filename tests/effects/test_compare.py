@@ -43,7 +43,9 @@ def test_missing_items_are_counted_and_named():
 
 def test_valid_rates_stand_beside_the_effect():
     base = items(list("abcd"), [0, 1, 0, 1], valid=[True, True, True, False])
-    arm = items(list("abcd"), [0, 1, 1, 1], valid=[True, False, False, False], strength=2.0, unit="norm")
+    arm = items(
+        list("abcd"), [0, 1, 1, 1], valid=[True, False, False, False], strength=2.0, unit="norm"
+    )
     one = compare(base, arm, outcome="asked", trait="autonomy")
     assert (one.base_valid_rate, one.valid_rate) == (0.75, 0.25)
     assert (one.strength, one.unit, one.trait) == (2.0, "norm", "autonomy")

@@ -89,7 +89,9 @@ def test_zero_pooled_deviation_gives_zero():
 
 def test_hedges_factor_is_its_textbook_approximation():
     base, arm = binary(20), binary(31)
-    assert hedges_g(base, arm) == pytest.approx(cohens_d(base, arm) * (1 - 3 / (4 * 98 - 1)), rel=1e-4)
+    assert hedges_g(base, arm) == pytest.approx(
+        cohens_d(base, arm) * (1 - 3 / (4 * 98 - 1)), rel=1e-4
+    )
 
 
 def test_superiority_counts_pairs():
@@ -193,7 +195,11 @@ def test_false_positives_are_nominal_on_null_data(name):
         pairs = np.round(pairs * 3)  # whole numbers: the exact null
     rate = np.mean([test(base, arm) <= 0.05 for base, arm in pairs])
     highest = stats.binom.ppf(0.999, count, 0.05) / count
-    lowest = 0 if name in ("mcnemar", "paired permutation") else stats.binom.ppf(0.001, count, 0.05) / count
+    lowest = (
+        0
+        if name in ("mcnemar", "paired permutation")
+        else stats.binom.ppf(0.001, count, 0.05) / count
+    )
     assert lowest <= rate <= highest
     if name == "paired permutation":
         assert rate > 0.03
@@ -282,7 +288,7 @@ def test_complete_separation_gives_a_finite_interval():
     assert interval.high == pytest.approx(cohens_d(base, arm))  # the largest finite d
     assert d_interval(np.zeros(5), np.ones(5)).high == 0
     with pytest.raises(ValueError, match="between 0 and 1"):
-        d_interval(base, arm, level=95)
+        d_interval(base, arm, level=95.0)
 
 
 # Corrections
@@ -321,8 +327,16 @@ def test_a_p_value_outside_its_range_is_refused():
 def test_the_record_says_everything_it_was_computed_from():
     base, arm = binary(27), binary(46)
     one = effect(
-        base, arm, method="probe", outcome="autonomy", strength=2, unit="unit", trait="autonomy",
-        valid_rate=0.99, ddof=0, test="mcnemar",
+        base,
+        arm,
+        method="probe",
+        outcome="autonomy",
+        strength=2,
+        unit="unit",
+        trait="autonomy",
+        valid_rate=0.99,
+        ddof=0,
+        test="mcnemar",
     )
     assert (one.n, one.base_mean, one.arm_mean) == (50, 0.54, 0.92)
     assert one.d == cohens_d(base, arm, ddof=0)
