@@ -62,7 +62,7 @@ class _RegisterAfterImport:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != "sae_lens":
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         for finder in sys.meta_path:
             spec = finder.find_spec(name, path, target)
             if spec is not None and spec.loader is not None:
@@ -96,7 +96,7 @@ def _register_architecture() -> None:
     if "sae_lens" in sys.modules:
         importlib.import_module(_SAE_ADAPTER)
     elif not any(type(finder).__name__ == "_RegisterAfterImport" for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegisterAfterImport())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _RegisterAfterImport())
 
 
 _register_architecture()

@@ -181,13 +181,13 @@ def test_editing_the_codes_equals_adding_the_vector(host, tmp_path):
     dictionary = reloaded(dictionary, tmp_path)
     step = -1.5 * vector(2).vector
 
-    def push(codes, hook):  # noqa: ARG001
+    def push(codes, hook):
         codes = codes.clone()
         codes[..., 1] += -1.5
         return codes
 
     name = "blocks.0.hook_out" if isinstance(host, SAETransformerBridge) else SITE
-    with host.hooks(fwd_hooks=[(name, lambda x, hook: x + step)]):  # noqa: ARG005
+    with host.hooks(fwd_hooks=[(name, lambda x, hook: x + step)]):
         added = host(tokens)
     base = host(tokens)
     with host.saes([dictionary], use_error_term=True):
@@ -378,7 +378,7 @@ def test_a_dictionary_without_a_hook_point_says_so():
 def test_a_file_of_rows_alone_loads_through_a_converter(tmp_path):
     rows = torch.randn(2, D_MODEL, generator=torch.Generator().manual_seed(5))
 
-    def rows_only(path, device, cfg_overrides=None):  # noqa: ARG001
+    def rows_only(path, device, cfg_overrides=None):
         metadata = {"sae_lens_version": "6.0.0", "hook_name": SITE, "model_name": "tiny"}
         config = {"architecture": "steering", "d_in": D_MODEL, "d_sae": 2, "metadata": metadata}
         return {**config, "dtype": "float32", "device": device}, {"W_dec": rows.clone()}
