@@ -31,7 +31,8 @@ UNITS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Positions:
-    """Which tokens of a row are steered, counted over the row's real tokens (padding has no number).
+    """Which tokens of a row are steered, counted over the row's real tokens (padding has no
+    number).
 
     Token 0 is the row's first real token (the BOS when there is one). `start` and `stop` bound a
     half-open range; a negative bound counts back from the end of the prompt, so `start=-1` is the
@@ -63,7 +64,8 @@ class Positions:
         real: Bool[Tensor, "batch pos"],
         leading_bos: Bool[Tensor, "batch pos"],
     ) -> Bool[Tensor, "batch pos"]:
-        """The mask over one chunk, from each token's number, each row's prompt length, and padding."""
+        """The mask over one chunk, from each token's number, each row's prompt length, and
+        padding."""
         end = prompt_length.unsqueeze(-1)
         keep = real & (index >= (self.start if self.start >= 0 else end + self.start))
         if self.stop is not None:
@@ -149,7 +151,10 @@ class SparseCodes:
     def __post_init__(self) -> None:
         if len(self.indices) != len(self.values):
             raise ValueError("indices and values differ in length")
-        if len(self.indices) and not 0 <= int(self.indices.min()) <= int(self.indices.max()) < self.d_sae:
+        if (
+            len(self.indices)
+            and not 0 <= int(self.indices.min()) <= int(self.indices.max()) < self.d_sae
+        ):
             raise ValueError(f"a latent index lies outside 0..{self.d_sae - 1}")
         if not torch.isfinite(self.values).all():
             raise ValueError("codes hold a value that is not finite")
@@ -184,7 +189,9 @@ class SteeringVector:
     @property
     def direction(self) -> Float[Tensor, " d_model"]:
         if self.norm <= SMALLEST_NORM:
-            raise ValueError(f"vector {self.label!r} has length {self.norm:.1e}: it has no direction")
+            raise ValueError(
+                f"vector {self.label!r} has length {self.norm:.1e}: it has no direction"
+            )
         return self.vector / self.vector.norm()
 
     def length_of(self, unit: Unit) -> float:
@@ -206,7 +213,8 @@ class SteeringVector:
             raise ValueError(f"no strength unit {unit!r}; choose one of {', '.join(UNITS)}")
         raise ValueError(
             f"vector {self.label!r} cannot be measured in {unit!r} ({UNITS[unit]}): its recipe "
-            "lacks that figure. Build it from data with collect_contrast, or use calibrate_strength."
+            "lacks that figure. Build it from data with collect_contrast, or use "
+            "calibrate_strength."
         )
 
     def displacement(self, strength: float, unit: Unit) -> float:
@@ -220,8 +228,8 @@ class SteeringVector:
         lengths, roots = self._kl_side(strength)
         if abs(strength) ** 0.5 > roots[-1]:
             raise ValueError(
-                f"{abs(strength):g} nats lies beyond the measured curve ({roots[-1] ** 2:.3g} nats): "
-                "calibrate with a larger budget"
+                f"{abs(strength):g} nats lies beyond the measured curve "
+                f"({roots[-1] ** 2:.3g} nats): calibrate with a larger budget"
             )
         return math.copysign(interpolate(abs(strength) ** 0.5, roots, lengths), strength)
 
@@ -238,7 +246,7 @@ class SteeringVector:
         return math.copysign(interpolate(abs(length), lengths, roots) ** 2, length)
 
     def _kl_side(self, sign: float) -> tuple[list[float], list[float]]:
-        """The measured lengths and square roots of nats on one side, from zero upwards."""
+        """Measured lengths and square roots of nats on one side, from zero upwards."""
         side = sorted((abs(a), max(b, 0.0)) for a, b in self.recipe.kl_curve if a * sign > 0)
         if sign and not side:
             raise ValueError(
@@ -266,7 +274,9 @@ class SteeringVector:
             "length": f"{self.norm:.4g}",
             **{k: v for k, v in self.recipe.to_dict().items() if v not in ("", None, {}, 0)},
         }
-        cells = "".join(f"<tr><th>{escaped(k)}</th><td>{escaped(v)}</td></tr>" for k, v in rows.items())
+        cells = "".join(
+            f"<tr><th>{escaped(k)}</th><td>{escaped(v)}</td></tr>" for k, v in rows.items()
+        )
         return f"<table><caption>SteeringVector</caption>{cells}</table>"
 
 
@@ -280,7 +290,8 @@ def interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
 
 
 SMALLEST_NORM = 1e-8
-"""Below this length a vector is numerical noise and is never normalised (arXiv 2603.16335, code)."""
+"""Below this length a vector is numerical noise and is never normalised (arXiv 2603.16335,
+code)."""
 
 
 def escaped(value: object) -> str:
@@ -313,12 +324,15 @@ class Contrast:
             raise ValueError(f"contrast {self.name!r} lacks texts on one side")
         if self.paired and len(self.positive) != len(self.negative):
             raise ValueError(
-                f"contrast {self.name!r} has {len(self.positive)} positive and {len(self.negative)} "
+                f"contrast {self.name!r} has {len(self.positive)} positive and "
+                f"{len(self.negative)} "
                 "negative texts; pass paired=False for lists that do not pair up"
             )
         expected = len(self.positive) if self.paired else len(self.positive) + len(self.negative)
         if self.groups and len(self.groups) != expected:
-            raise ValueError(f"contrast {self.name!r} has {len(self.groups)} groups, not {expected}")
+            raise ValueError(
+                f"contrast {self.name!r} has {len(self.groups)} groups, not {expected}"
+            )
         for side, offsets in zip((self.positive, self.negative), self.letters, strict=True):
             if offsets and len(offsets) != len(side):
                 raise ValueError(f"contrast {self.name!r} lacks a letter offset for some text")
@@ -333,8 +347,8 @@ class Labelled:
 
     `labels` is 1 for positive and 0 for negative rows. `pairs[i]` is the row's pair number, -1
     without one. `groups` are template ids. `mean_norm` is the mean residual norm over all real
-    non-BOS tokens seen while collecting. `texts` are kept for the text-only baseline. `letters[i]` is
-    the answer letter the row was read at; empty when rows were read at the last token.
+    non-BOS tokens seen while collecting. `texts` are kept for the text-only baseline. `letters[i]`
+    is the answer letter the row was read at; empty when rows were read at the last token.
     """
 
     activations: Float[Tensor, "example d_model"]
@@ -354,7 +368,9 @@ class Labelled:
             raise ValueError(f"letters has {len(self.letters)} entries, not {n}")
         for field_name in ("labels", "groups", "pairs", "texts"):
             if len(getattr(self, field_name)) != n:
-                raise ValueError(f"{field_name} has {len(getattr(self, field_name))} entries, not {n}")
+                raise ValueError(
+                    f"{field_name} has {len(getattr(self, field_name))} entries, not {n}"
+                )
         if not torch.isfinite(self.activations).all():
             raise ValueError("collected activations hold a value that is not finite")
 
@@ -481,9 +497,11 @@ class Dictionary(Protocol):
 
 @runtime_checkable
 class Change(Protocol):
-    """What to add to an activation. `hook_name` is where its vector or dictionary belongs, if known.
+    """What to add to an activation. `hook_name` is where its vector or dictionary belongs, if
+    known.
 
-    `batch_rows` is the number of batch rows it was written for (per-row strengths); 1 fits any batch.
+    `batch_rows` is the number of batch rows it was written for (per-row strengths); 1 fits any
+    batch.
     """
 
     @property
@@ -504,9 +522,14 @@ class PreparedChange(Protocol):
     `reads_context` is True when it needs all earlier tokens in the same call (a temporal SAE).
     """
 
-    constant: Tensor | None
-    idle: bool
-    reads_context: bool
+    @property
+    def constant(self) -> Tensor | None: ...
+
+    @property
+    def idle(self) -> bool: ...
+
+    @property
+    def reads_context(self) -> bool: ...
 
     def __call__(self, x: Float[Tensor, "batch pos d_model"]) -> Tensor: ...
 
@@ -528,6 +551,7 @@ class Edit:
         name = self.hook_name or self.change.hook_name
         if not name:
             raise ValueError(
-                f"{type(self.change).__name__} does not know its hook point: pass hook_name= to Edit"
+                f"{type(self.change).__name__} does not know its hook point: pass hook_name= to "
+                "Edit"
             )
         return name

@@ -1,13 +1,15 @@
-"""What the host is computing right now: which rows, which absolute tokens, which part is the prompt.
+"""What the host is computing right now: which rows, which absolute tokens, which part is the
+prompt.
 
-No hook of either host sees the attention mask, and while decoding a hook sees one token. So one observer
-per model watches the host's own calls (mask, cache length, token ids, `generate`) and every edit asks it
-which of the tokens in front of it are wanted.
+No hook of either host sees the attention mask, and while decoding a hook sees one token. So one
+observer per model watches the host's own calls (mask, cache length, token ids, `generate`) and
+every edit asks it which of the tokens in front of it are wanted.
 
 The prompt of a sequence is
 - inside `generate`, `generate_stream`, `hf_generate` (and the wrapped model's own `generate`): that
   call's input, also when it is prefilled in chunks or fed again at each step without a cache;
-- in a bare forward pass: the tokens of the call that found an empty cache; later calls on that cache decode;
+- in a bare forward pass: the tokens of the call that found an empty cache; later calls on that
+cache decode;
 - or what `prompt_lengths` says, which overrides both (a manual loop, a conversation that grows).
 """
 
@@ -38,7 +40,8 @@ STREAMS = ("generate_stream",)
 
 @dataclass(eq=False)
 class Sequence:
-    """The batch of texts behind one cache (or one uncached call): what each row has been fed so far.
+    """The batch of texts behind one cache (or one uncached call): what each row has been fed so
+    far.
 
     `real` covers the columns fed up to the last call that was not a plain decode step; every later
     column is real. `prompt_length` counts real prompt tokens per row.
@@ -109,7 +112,8 @@ class Frame:
             self._locate(shape, x.device, prompts)
         elif self._shape != shape:
             raise RuntimeError(
-                f"a hook fired on a tensor of {shape} tokens inside a forward pass of {self._shape}: "
+                f"a hook fired on a tensor of {shape} tokens inside a forward pass of "
+                f"{self._shape}: "
                 "positions are unknown outside the model's own forward pass"
             )
         key = (positions, rows)
@@ -143,7 +147,8 @@ class Frame:
         return kept.unsqueeze(-1) if bool(kept.any()) else False
 
     def tensors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Per token of the chunk: its number in the row, whether it is real, whether a leading BOS."""
+        """Per token of the chunk: its number in the row, whether it is real, whether a leading
+        BOS."""
         if self._index is None:
             assert self.sequence is not None
             n = x.shape[1]
@@ -161,9 +166,7 @@ class Frame:
         assert self._index is not None and self._real is not None and self._bos is not None
         return self._index, self._real, self._bos
 
-    def _locate(
-        self, shape: tuple[int, int], device: torch.device, prompts: Tensor | None
-    ) -> None:
+    def _locate(self, shape: tuple[int, int], device: torch.device, prompts: Tensor | None) -> None:
         """Find or make the sequence this pass belongs to, and extend it by this chunk."""
         self._shape = shape
         batch, n = shape
@@ -229,7 +232,9 @@ class Frame:
             prompt_real = real[:, :columns]
             given = scope.prompt_real
             if given is not None and given.shape[1] == columns and batch % given.shape[0] == 0:
-                prompt_real = given.to(real.device).repeat_interleave(batch // given.shape[0], dim=0)
+                prompt_real = given.to(real.device).repeat_interleave(
+                    batch // given.shape[0], dim=0
+                )
             if not self.cached and n > columns:
                 real = self._without_finished(real, columns, stop_ids)
         length = prompt_real.sum(dim=1) + (columns - prompt_real.shape[1])
@@ -247,7 +252,8 @@ class Frame:
         )
 
     def _without_finished(self, real: Tensor, columns: int, stop_ids: tuple[int, ...]) -> Tensor:
-        """Uncached generation feeds finished rows again: what follows their stop token is not text."""
+        """Uncached generation feeds finished rows again: what follows their stop token is not
+        text."""
         if not stop_ids or self.tokens is None or self.tokens.shape[1] != real.shape[1]:
             return real
         stopped = torch.isin(self.tokens, torch.tensor(stop_ids, device=self.tokens.device))
@@ -433,7 +439,7 @@ class Observer:
         del module
         ids = arguments[0] if arguments else named.get("input_ids")
         mask = named.get("attention_mask")
-        cache = named.get("past_key_values")
+        cache: Any = named.get("past_key_values")
         length = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         self._begin(
             Frame(

@@ -1,4 +1,5 @@
-"""Steered generation: batched, left-padded, cached or not, reproducible row by row, on either host."""
+"""Steered generation: batched, left-padded, cached or not, reproducible row by row, on either
+host."""
 
 from __future__ import annotations
 
@@ -30,9 +31,10 @@ Noise = Callable[[int], Tensor]
 class Generation:
     """Continuations of a batch of prompts.
 
-    `texts` and `new_tokens` hold only what was generated, cut before the stop token (or stop string);
-    `ended[i]` is False for a row that ran into `max_new_tokens`. `tokens` is the left-padded prompt
-    followed by what was generated, padded with the pad token behind each row's end.
+    `texts` and `new_tokens` hold only what was generated, cut before the stop token (or stop
+    string); `ended[i]` is False for a row that ran into `max_new_tokens`. `tokens` is the
+    left-padded prompt followed by what was generated, padded with the pad token behind each row's
+    end.
     """
 
     prompts: tuple[str, ...]
@@ -100,12 +102,13 @@ def generate(
 
     Texts are tokenised with the host's BOS policy (`prepend_bos` overrides it; a text that already
     begins with BOS gets no second one) and left-padded. Token ids may be padded on the left with
-    `attention_mask`. Sampling uses `noise` when given (row-wise reproducible whatever the batch), else
-    a generator seeded with `seed`. `stop_ids` default to the tokenizer's and generation config's end
-    tokens. Edits may differ per row (`Edit.rows`, per-row strengths), so strengths can share a batch.
+    `attention_mask`. Sampling uses `noise` when given (row-wise reproducible whatever the batch),
+    else a generator seeded with `seed`. `stop_ids` default to the tokenizer's and generation
+    config's end tokens. Edits may differ per row (`Edit.rows`, per-row strengths), so strengths can
+    share a batch.
 
-    Raises ValueError when prompt and new tokens exceed the model's context, when a mask is padded on
-    the right, or for a prompt without tokens; `SteeringError` when an edit did nothing.
+    Raises ValueError when prompt and new tokens exceed the model's context, when a mask is padded
+    on the right, or for a prompt without tokens; `SteeringError` when an edit did nothing.
     """
     if max_new_tokens < 1:
         raise ValueError("max_new_tokens must be at least 1")
@@ -116,7 +119,9 @@ def generate(
         tokens = prompts.reshape(-1, prompts.shape[-1])
         mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
         if attention_mask is not None and bool((mask.diff(dim=1) < 0).any()):
-            raise ValueError("attention_mask is padded on the right: pad generation prompts on the left")
+            raise ValueError(
+                "attention_mask is padded on the right: pad generation prompts on the left"
+            )
     else:
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         tokens, mask = encode_prompts(model, listed, prepend_bos=prepend_bos)
@@ -128,7 +133,9 @@ def generate(
     if listed_edits:
         block = steer(model, listed_edits, prompt_lengths=prompt_lengths, require=require)
     observer = Observer.of(model)
-    loop = _Loop(model, tokens, mask, ends, tuple(stop_strings), temperature, top_k, top_p, noise, seed)
+    loop = _Loop(
+        model, tokens, mask, ends, tuple(stop_strings), temperature, top_k, top_p, noise, seed
+    )
     with block as record:
         observer.hold()
         scope = Scope(prompt_columns=tokens.shape[1], prompt_real=mask.bool(), stop_ids=ends)
@@ -146,7 +153,8 @@ def _fits(model: Model, length: int) -> None:
     limit = getattr(model.cfg, "n_ctx", None)
     if limit and length > limit:
         raise ValueError(
-            f"prompt and new tokens together are {length}, the model's context is {limit}: shorten the "
+            f"prompt and new tokens together are {length}, the model's context is {limit}: "
+            "shorten the "
             "prompt or ask for fewer tokens (nothing is truncated silently)"
         )
 
@@ -257,9 +265,7 @@ def _restricted(scores: Tensor, top_k: int | None, top_p: float | None) -> Tenso
         ordered, order = scores.sort(dim=-1, descending=True)
         share = ordered.softmax(dim=-1)
         beyond = share.cumsum(dim=-1) - share >= top_p
-        scores = scores.masked_fill(
-            torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf
-        )
+        scores = scores.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
     return scores
 
 

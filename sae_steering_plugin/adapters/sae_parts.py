@@ -1,8 +1,10 @@
-"""What an edit or a decoded probe needs of one SAELens dictionary: rows, partial codes, its nonlinearity.
+"""What an edit or a decoded probe needs of one SAELens dictionary: rows, partial codes, its
+nonlinearity.
 
 Architectures are told apart by the word SAELens registers them under. Codes are computed in float32
-from the dictionary's weights, so hooks that somebody left on the SAE are neither run nor counted, and
-no scale is left behind in the SAE object (SAELens stores one per `encode` under run-time normalisation).
+from the dictionary's weights, so hooks that somebody left on the SAE are neither run nor counted,
+and no scale is left behind in the SAE object (SAELens stores one per `encode` under run-time
+normalisation).
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ def decoder_rows(
 def normalised(
     sae: Any, x: Float[Tensor, "*batch d_in"]
 ) -> tuple[Float[Tensor, "*batch d_in"], Float[Tensor, "*batch 1"] | None]:
-    """`x` as the encoder sees it, and the per-token factor `decode` puts back (None when it is 1)."""
+    """`x` as the encoder sees it, and the per-token factor `decode` puts back (None when it is
+    1)."""
     kind = sae.cfg.normalize_activations
     if kind == "layer_norm":
         centred = x - x.mean(dim=-1, keepdim=True)
@@ -139,7 +142,9 @@ def parts_of(sae: Any, indices: Sequence[int], device: torch.device | str) -> SA
     support = torch.as_tensor(list(indices), dtype=torch.long)
     d_sae = sae.W_dec.shape[0]
     if len(support) and not 0 <= int(support.min()) <= int(support.max()) < d_sae:
-        raise ValueError(f"feature {int(support.max())} is outside 0..{d_sae - 1} of this dictionary")
+        raise ValueError(
+            f"feature {int(support.max())} is outside 0..{d_sae - 1} of this dictionary"
+        )
     support = support.to(device)
     here = support.to(sae.W_dec.device)
     rows = decoder_rows(sae, here).to(device)
@@ -215,7 +220,8 @@ def _pointwise(
 
 
 def _pre_activations(sae: Any, device: torch.device | str) -> Callable[[Tensor], Tensor]:
-    """`x -> the pre-activation of every latent`, from which a top-k dictionary chooses its members."""
+    """`x -> the pre-activation of every latent`, from which a top-k dictionary chooses its
+    members."""
     encoder = sae.W_enc.detach().float().to(device)
     offset = sae.b_enc.detach().float().to(device)
     norms = None

@@ -1,8 +1,9 @@
-"""Edits put on a host's hook points: `steer` as a context manager, `fwd_hooks` as a list for the host.
+"""Edits put on a host's hook points: `steer` as a context manager, `fwd_hooks` as a list for the
+host.
 
-All edits of one site read the same, unedited activation, and what they add is summed, so their order
-does not matter (`Scale`, `Clamp` and `Ablate` of one dictionary act on each other's result; see
-`edits.codes`). Edits of different sites act where they stand.
+All edits of one site read the same, unedited activation, and what they add is summed, so their
+order does not matter (`Scale`, `Clamp` and `Ablate` of one dictionary act on each other's result;
+see `edits.codes`). Edits of different sites act where they stand.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ from sae_steering_plugin.adapters.transformer_lens import (
     resolve,
     same_place,
 )
-from sae_steering_plugin.edits.codes import CodeChange, PreparedCodes, constant_step, prepare_together
+from sae_steering_plugin.edits.codes import (
+    CodeChange,
+    PreparedCodes,
+    constant_step,
+    prepare_together,
+)
 from sae_steering_plugin.types import Change, Edit, PreparedChange, escaped
 
 
@@ -79,7 +85,8 @@ class EditRecord:
 
     @property
     def displacement(self) -> float:
-        """Mean length of the change in units of the mean residual length; NaN when nothing was steered."""
+        """Mean length of the change in units of the mean residual length; NaN when nothing was
+        steered."""
         return self.mean_change / self.mean_residual if self._sums else float("nan")
 
     def _mean(self, which: int) -> float:
@@ -165,7 +172,8 @@ class Program:
         frame = self.observer.frame
         if frame is None:
             raise SteeringError(
-                f"{self.site.name} fired outside a forward pass of the model: call the model itself, "
+                f"{self.site.name} fired outside a forward pass of the model: call the model "
+                "itself, "
                 "not one of its parts, or positions are unknown"
             )
         self._count(frame)
@@ -174,9 +182,7 @@ class Program:
             self._prepare(flat)
         if x.shape[0] not in self._rows_checked:
             self._check_rows(x.shape[0])
-        keeps = [
-            frame.keep(edit.positions, _rows(edit), flat, self.prompts) for edit in self.edits
-        ]
+        keeps = [frame.keep(edit.positions, _rows(edit), flat, self.prompts) for edit in self.edits]
         self._note(frame, keeps, flat)
         if len(self._singles) == 1 and not self._groups:
             index, constant, _ = self._singles[0]
@@ -184,7 +190,11 @@ class Program:
             if keep is False:
                 return None
             if constant is not None:
-                out = flat + constant if keep is True else torch.addcmul(flat, keep.to(flat.dtype), constant)
+                out = (
+                    flat + constant
+                    if keep is True
+                    else torch.addcmul(flat, keep.to(flat.dtype), constant)
+                )
                 return out if out.shape == x.shape else out.reshape(x.shape)
         return self._sum(x, flat, keeps, frame)
 
@@ -211,7 +221,11 @@ class Program:
                 continue
             if constant is not None:
                 moved = True
-                out = out + constant if keep is True else torch.addcmul(out, keep.to(out.dtype), constant)
+                out = (
+                    out + constant
+                    if keep is True
+                    else torch.addcmul(out, keep.to(out.dtype), constant)
+                )
                 continue
             change = prepared(flat).float()
             change = change if keep is True else torch.where(keep, change, 0.0)
@@ -240,7 +254,8 @@ class Program:
             return None
         if group.reads_context and frame.cached:
             raise SteeringError(
-                "a temporal SAE reads the earlier tokens of a text, which a cached forward pass does "
+                "a temporal SAE reads the earlier tokens of a text, which a cached forward pass "
+                "does "
                 "not carry: generate with use_past_kv_cache=False (generate(..., cached=False))"
             )
         source = flat if read is None else frame.captured[read]
@@ -253,7 +268,8 @@ class Program:
         return torch.where(union, change, 0.0)
 
     def _prepare(self, flat: Tensor) -> None:
-        """Make every change ready; outside inference mode, so that later passes may need gradients."""
+        """Make every change ready; outside inference mode, so that later passes may need
+        gradients."""
         with torch.inference_mode(False):
             self._singles, self._groups = [], []
             grouped: dict[int, list[int]] = {}
@@ -269,7 +285,8 @@ class Program:
         for _, constant, _prepared in self._singles:
             if constant is not None and constant.shape[-1] != flat.shape[-1]:
                 raise ValueError(
-                    f"the vector has {constant.shape[-1]} entries, the activation at {self.site.name} "
+                    f"the vector has {constant.shape[-1]} entries, the activation at "
+                    f"{self.site.name} "
                     f"has {flat.shape[-1]}: it was built for another model or site"
                 )
         self._ready = (flat.dtype, flat.device)
@@ -285,7 +302,7 @@ class Program:
             for i, step, change in zip(members, steps, changes, strict=True):
                 if not change.idle and step is not None:
                     constant = step.to(flat.dtype).unsqueeze(1)
-                    self._singles.append((i, constant, prepared))  # type: ignore[arg-type]
+                    self._singles.append((i, constant, prepared))
             return
         self._groups.append((tuple(members), prepared, read))
 
@@ -293,7 +310,8 @@ class Program:
         for edit in self.edits:
             if edit.change.batch_rows not in (1, batch):
                 raise ValueError(
-                    f"{type(edit.change).__name__} was written for {edit.change.batch_rows} batch rows, "
+                    f"{type(edit.change).__name__} was written for {edit.change.batch_rows} batch "
+                    "rows, "
                     f"and this batch has {batch}: give one strength per row of the batch"
                 )
         self._rows_checked.add(batch)
@@ -316,13 +334,17 @@ class Program:
 
     def _measure(self, record: EditRecord, keep: Tensor | bool, flat: Tensor, frame: Frame) -> None:
         with torch.no_grad():
-            weights = torch.ones(*flat.shape[:2], 1, device=flat.device) if keep is True else keep.float()
+            weights = flat.new_ones(*flat.shape[:2], 1, dtype=torch.float32)
+            if isinstance(keep, Tensor):
+                weights = keep.float()
             lengths = flat.detach().float().norm(dim=-1, keepdim=True)
             change = self._change_of(record, flat.detach(), keep, frame)
-            moved = change.norm(dim=-1, keepdim=True) if change is not None else torch.zeros_like(lengths)
-            record._sums.append(
-                ((moved * weights).sum(), (lengths * weights).sum(), weights.sum())
+            moved = (
+                change.norm(dim=-1, keepdim=True)
+                if change is not None
+                else torch.zeros_like(lengths)
             )
+            record._sums.append(((moved * weights).sum(), (lengths * weights).sum(), weights.sum()))
 
     def _change_of(
         self, record: EditRecord, flat: Tensor, keep: Tensor | bool, frame: Frame
@@ -353,7 +375,8 @@ class Program:
     def alive(self) -> None:
         if not self.site.live:
             raise SteeringError(
-                f"the hook point {self.site.name} was replaced inside the steering block (SAELens does "
+                f"the hook point {self.site.name} was replaced inside the steering block (SAELens "
+                "does "
                 "so when an SAE is attached or detached): attach SAEs outside, steer inside"
             )
 
@@ -369,7 +392,8 @@ def _rows(edit: Edit) -> tuple[int, ...] | None:
 
 
 def as_edits(edits: Edit | Change | Sequence[Edit | Change]) -> list[Edit]:
-    """A list of edits from one edit, one change, or a mixed list. Raises TypeError for anything else."""
+    """A list of edits from one edit, one change, or a mixed list. Raises TypeError for anything
+    else."""
     listed = [edits] if not isinstance(edits, list | tuple) else list(edits)
     found = []
     for item in listed:
@@ -379,7 +403,8 @@ def as_edits(edits: Edit | Change | Sequence[Edit | Change]) -> list[Edit]:
             found.append(Edit(item))
         else:
             raise TypeError(
-                f"{type(item).__name__} is not an edit: pass Edit(Add(vector)), or a change such as "
+                f"{type(item).__name__} is not an edit: pass Edit(Add(vector)), or a change such "
+                "as "
                 "Add(vector), Clamp(sae, feature, value), SparseAdd(sae, vector)"
             )
     return found
@@ -417,19 +442,23 @@ def _programs(
 
 
 def _read_site(model: Model, edit: Edit, site: Site) -> Site | None:
-    """Checks that a code edit stands where its dictionary belongs; the input site of a transcoder."""
+    """Checks that a code edit stands where its dictionary belongs; the input site of a
+    transcoder."""
     if not isinstance(edit.change, CodeChange):
         return None
     read, write = site_names(edit.change.sae)
     if not same_place(model, edit.site, write):
         raise ValueError(
-            f"this dictionary was trained at {write!r}; an edit of its codes at {edit.site!r} would "
+            f"this dictionary was trained at {write!r}; an edit of its codes at {edit.site!r} "
+            "would "
             "read activations it has never seen"
         )
     if site.sae is not None and not site.sae_error_term:
         raise ValueError(
-            f"an SAE is attached at {edit.site!r} without its error term, so its reconstruction has "
-            "already replaced the activation: attach it with use_error_term=True, or call reset_saes()"
+            f"an SAE is attached at {edit.site!r} without its error term, so its reconstruction "
+            "has "
+            "already replaced the activation: attach it with use_error_term=True, or call "
+            "reset_saes()"
         )
     return None if read == write else resolve(model, read)
 
@@ -443,14 +472,16 @@ def steer(
     require: bool = True,
     measure: bool = True,
 ) -> Iterator[SteeringRecord]:
-    """Apply edits to everything the model computes inside the block; yields the record of what happened.
+    """Apply edits to everything the model computes inside the block; yields the record of what
+    happened.
 
-    Works for forward passes, `run_with_cache`, `generate`, `hf_generate` and loops of one's own, cached
-    or not. Names are resolved before the first pass (KeyError), SAE sites are checked (ValueError), a
-    compiled model is refused (RuntimeError). `prompt_lengths` (real tokens per row, BOS included) says
-    where the prompt ends when the host's calls cannot: in a loop of one's own without a cache, or in a
-    conversation whose first prompt alone counts as prompt. At exit an edit that never fired or steered
-    no token raises `SteeringError`, unless `require=False`. Nothing is left on the model.
+    Works for forward passes, `run_with_cache`, `generate`, `hf_generate` and loops of one's own,
+    cached or not. Names are resolved before the first pass (KeyError), SAE sites are checked
+    (ValueError), a compiled model is refused (RuntimeError). `prompt_lengths` (real tokens per row,
+    BOS included) says where the prompt ends when the host's calls cannot: in a loop of one's own
+    without a cache, or in a conversation whose first prompt alone counts as prompt. At exit an edit
+    that never fired or steered no token raises `SteeringError`, unless `require=False`. Nothing is
+    left on the model.
     """
     refuse_compiled(model)
     observer = Observer.of(model)
@@ -481,7 +512,11 @@ def steer(
 
 
 def _hook(program: Program) -> Callable[..., Tensor | None]:
-    return lambda module, arguments, output: program(output)
+    def run(module: Any, arguments: Any, output: Tensor) -> Tensor | None:
+        del module, arguments
+        return program(output)
+
+    return run
 
 
 def _capturing(observer: Observer, name: str) -> Callable[..., None]:
@@ -497,7 +532,8 @@ def _insist(record: SteeringRecord) -> None:
     for edit in record.edits:
         if not edit.fired:
             raise SteeringError(
-                f"the edit at {edit.site} never fired: no forward pass of this model ran inside the "
+                f"the edit at {edit.site} never fired: no forward pass of this model ran inside "
+                "the "
                 "block (pass require=False if that is meant)"
             )
         if not edit.tokens:

@@ -1,8 +1,9 @@
 """TransformerLens models: loading, and one resolver from a hook name to the live hook point.
 
-Works on `TransformerBridge`, `SAETransformerBridge`, `HookedTransformer` and `HookedSAETransformer`, with
-or without SAEs attached, with or without compatibility mode. A name is resolved at every entry and the
-object never kept, because leaving SAELens's `saes()` puts a new `HookPoint` in place of the old one.
+Works on `TransformerBridge`, `SAETransformerBridge`, `HookedTransformer` and
+`HookedSAETransformer`, with or without SAEs attached, with or without compatibility mode. A name is
+resolved at every entry and the object never kept, because leaving SAELens's `saes()` puts a new
+`HookPoint` in place of the old one.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ _canonical: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
 class Site:
     """A live place in a model: `point` is where an edit attaches, `owner.attribute` where it hangs.
 
-    `name` is the canonical name. `sae` is the dictionary attached there, if any; then `point` is its
-    `hook_sae_output`, so that what flows on is edited exactly once.
+    `name` is the canonical name. `sae` is the dictionary attached there, if any; then `point` is
+    its `hook_sae_output`, so that what flows on is edited exactly once.
     """
 
     name: str
@@ -66,10 +67,11 @@ def is_bridge(model: Model) -> bool:
 def load_model(
     name_or_folder: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Model:
-    """A `SAETransformerBridge` in eval mode, from a hub name or a local folder, by the host's loader.
+    """A `SAETransformerBridge` in eval mode, from a hub name or a local folder, by the host's
+    loader.
 
-    The folder must hold an ordinary Hugging Face checkpoint with its tokenizer. A name that is not a
-    folder goes to the hub exactly as `TransformerBridge.boot_transformers` would.
+    The folder must hold an ordinary Hugging Face checkpoint with its tokenizer. A name that is not
+    a folder goes to the hub exactly as `TransformerBridge.boot_transformers` would.
     """
     from sae_lens import SAETransformerBridge
 
@@ -86,7 +88,8 @@ def load_model(
 
 
 def canonical_name(model: Model, hook_name: str) -> str:
-    """The name the model itself registers a hook point under; aliases are looked up once a model."""
+    """The name the model itself registers a hook point under; aliases are looked up once a
+    model."""
     if not is_bridge(model):
         return hook_name
     known = _canonical.setdefault(model, {})
@@ -113,23 +116,25 @@ def resolve(model: Model, hook_name: str) -> Site:
     """
     if not isinstance(model, nn.Module) or getattr(model, "hook_dict", None) is None:
         raise TypeError(
-            f"{type(model).__name__} has no hook points: pass a TransformerBridge or HookedTransformer "
+            f"{type(model).__name__} has no hook points: pass a TransformerBridge or "
+            "HookedTransformer "
             "(for a Hugging Face model: TransformerBridge.boot_transformers(name, hf_model=model))"
         )
     name = canonical_name(model, hook_name)
     owner: Any = model
+    held: Any = None
     *path, attribute = name.split(".")
     try:
         for step in path:
             owner = _child(owner, step)
         held = _child(owner, attribute)
     except (AttributeError, IndexError, TypeError, KeyError):
-        held = None
+        pass
     if isinstance(held, HookPoint):
         _refuse_gated(model, hook_name, name)
         registry = getattr(model, "_hook_registry", {})
         if held.name and registry.get(held.name) is held:
-            name = held.name
+            name = str(held.name)
         else:
             # SAELens restores a detached site under a shortened name, which the bridge's hooks()
             # then looks up in vain; the true name mends that.
@@ -176,7 +181,8 @@ def _refuse_gated(model: Model, asked: str, name: str) -> None:
         flag = GATED.get(word)
         if flag and not getattr(model.cfg, flag, False):
             raise ValueError(
-                f"{asked!r} fires only when model.cfg.{flag} is on: call model.set_{flag}(True) first"
+                f"{asked!r} fires only when model.cfg.{flag} is on: call model.set_{flag}(True) "
+                "first"
             )
 
 
@@ -194,7 +200,8 @@ def _refuse_transcoder_input(model: Model, name: str) -> None:
 
 
 def refuse_compiled(model: Model) -> None:
-    """Raise RuntimeError for a compiled model: hooks added after compilation are silently ignored."""
+    """Raise RuntimeError for a compiled model: hooks added after compilation are silently
+    ignored."""
     dynamo = getattr(torch, "_dynamo", None)
     wrapped = dynamo is not None and isinstance(model, dynamo.eval_frame.OptimizedModule)
     inner = getattr(model, "original_model", None) if not wrapped else None
@@ -207,7 +214,8 @@ def refuse_compiled(model: Model) -> None:
 
 
 def same_place(model: Model, first: str, second: str) -> bool:
-    """True when two hook names carry the same residual: aliases, or post of a layer and pre of the next."""
+    """True when two hook names carry the same residual: aliases, or post of a layer and pre of the
+    next."""
     return _boundary(canonical_name(model, first)) == _boundary(canonical_name(model, second))
 
 
@@ -244,5 +252,7 @@ def stop_tokens(model: Model) -> tuple[int, ...]:
         found.append(int(tokenizer.eos_token_id))
     config = getattr(getattr(model, "original_model", None), "generation_config", None)
     named = getattr(config, "eos_token_id", None)
-    found += [int(i) for i in (named if isinstance(named, list | tuple) else [named]) if i is not None]
+    found += [
+        int(i) for i in (named if isinstance(named, list | tuple) else [named]) if i is not None
+    ]
     return tuple(dict.fromkeys(found))

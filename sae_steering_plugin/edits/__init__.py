@@ -1,4 +1,5 @@
-"""Changes: what to add to an activation. `x + keep[..., None] * change(x)` is the whole intervention."""
+"""Changes: what to add to an activation. `x + keep[..., None] * change(x)` is the whole
+intervention."""
 
 from sae_steering_plugin.edits.codes import Ablate, Clamp, Scale, SparseAdd
 from sae_steering_plugin.edits.project import ProjectOut

@@ -3,13 +3,15 @@
     change(x) = (edited(f(x)) - f(x)) @ rows * scale(x)
 
 `f` is the SAE's encoder, `rows` what its decoder multiplies with, `scale` the per-token factor of
-run-time normalisation (1 otherwise). This equals SAELens's attached form with the error term, but only
-the edited latents are computed where the nonlinearity is pointwise, so its cost does not grow with the
-dictionary's width. Top-k dictionaries need every pre-activation, because membership is a competition.
+run-time normalisation (1 otherwise). This equals SAELens's attached form with the error term, but
+only the edited latents are computed where the nonlinearity is pointwise, so its cost does not grow
+with the dictionary's width. Top-k dictionaries need every pre-activation, because membership is a
+competition.
 
-Edits of one dictionary at one site are carried out together, in this order: all `SparseAdd` amounts are
-summed and pass the nonlinearity once, then `Scale`, `Clamp` and `Ablate` act in the order given.
-Source: Algorithm 2 of arXiv 2503.00177; delta form derived in shared/methods/sparse_activation_steering.
+Edits of one dictionary at one site are carried out together, in this order: all `SparseAdd` amounts
+are summed and pass the nonlinearity once, then `Scale`, `Clamp` and `Ablate` act in the order
+given. Source: Algorithm 2 of arXiv 2503.00177; delta form derived in
+shared/methods/sparse_activation_steering.
 """
 
 from __future__ import annotations
@@ -105,7 +107,8 @@ class Clamp:
 class Scale:
     """Multiply the codes of `features` by `factor`; 1 changes nothing, 0 ablates.
 
-    `factor` is one number, `[feature]` or `[batch, feature]`. A feature that does not fire stays off.
+    `factor` is one number, `[feature]` or `[batch, feature]`. A feature that does not fire stays
+    off.
     """
 
     sae: Any
@@ -173,7 +176,8 @@ class Ablate:
 
 @dataclass(frozen=True, eq=False)
 class SparseAdd:
-    """Add `strength` times a sparse code vector and let the SAE's own nonlinearity have the last word.
+    """Add `strength` times a sparse code vector and let the SAE's own nonlinearity have the last
+    word.
 
     `vector` is a `SteeringVector` with codes (from `sas_vector`), bare `SparseCodes`, or a dense
     tensor `[d_sae]`. `strength` is one number or one per batch row; its unit is the vector's own
@@ -213,7 +217,8 @@ class SparseAdd:
         if isinstance(self.vector, SteeringVector):
             if self.vector.codes is None:
                 raise ValueError(
-                    f"vector {self.vector.label!r} has no codes: build it with sas_vector, or use Add"
+                    f"vector {self.vector.label!r} has no codes: build it with sas_vector, or use "
+                    "Add"
                 )
             return self.vector.codes
         if isinstance(self.vector, SparseCodes):
@@ -266,8 +271,8 @@ class PreparedCodes:
     """Code edits of one dictionary, ready for one device.
 
     Called with the activation and, per change, the mask of tokens it applies to (None: all of them,
-    otherwise `[batch, pos, 1]`); returns what to add, float32, already masked. `constant` is set when
-    the whole edit is a fixed vector: additions that provably never meet the nonlinearity.
+    otherwise `[batch, pos, 1]`); returns what to add, float32, already masked. `constant` is set
+    when the whole edit is a fixed vector: additions that provably never meet the nonlinearity.
     """
 
     parts: SAEParts
@@ -389,7 +394,9 @@ class PreparedCodes:
                 everywhere = codes.clone()
                 everywhere[..., parts.indices] = support + added
                 winners = torch.topk(everywhere, parts.k, dim=-1).indices
-                kept = torch.zeros_like(everywhere).scatter_(-1, winners, everywhere.gather(-1, winners))
+                kept = torch.zeros_like(everywhere).scatter_(
+                    -1, winners, everywhere.gather(-1, winners)
+                )
                 everywhere = torch.relu(kept)
                 edited = everywhere[..., parts.indices]
             else:
@@ -421,7 +428,8 @@ def _weighted_rows(sae: Any, chosen: Tensor, weights: Tensor) -> Tensor:
 def prepare_together(
     changes: Sequence[CodeChange], *, dtype: torch.dtype, device: torch.device | str
 ) -> PreparedCodes:
-    """Code edits of one dictionary made ready to run as one. Raises ValueError when they conflict."""
+    """Code edits of one dictionary made ready to run as one. Raises ValueError when they
+    conflict."""
     del dtype
     sae = changes[0].sae
     if any(change.sae is not sae for change in changes):
@@ -453,7 +461,9 @@ def prepare_together(
     return prepared
 
 
-def constant_step(change: CodeChange, device: torch.device | str) -> Float[Tensor, "rows d_out"] | None:
+def constant_step(
+    change: CodeChange, device: torch.device | str
+) -> Float[Tensor, "rows d_out"] | None:
     """The fixed vector a SparseAdd amounts to, when it provably never meets the nonlinearity.
 
     ReLU and gated codes are >= 0, so a non-negative addition stays; JumpReLU codes are 0 or above

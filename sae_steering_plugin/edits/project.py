@@ -12,7 +12,8 @@ from torch import Tensor
 from sae_steering_plugin.types import SteeringVector
 
 RANK_TOLERANCE = 1e-5
-"""A basis vector whose part outside the others is shorter than this share of it adds no dimension."""
+"""A basis vector whose part outside the others is shorter than this share of it adds no
+dimension."""
 
 
 @dataclass(frozen=True, eq=False)

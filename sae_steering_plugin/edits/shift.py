@@ -17,12 +17,13 @@ class Add:
 
     `vector` is a `SteeringVector`, a bare tensor `[d_model]`, or one row per batch row
     `[batch, d_model]`. `strength` is one number or one per batch row. `unit` says what 1.0 means
-    (see `UNITS`): `raw` the vector as built, `unit` a Euclidean length, `norm` the mean residual norm
-    at the site, `max_activation` the feature's maximum activation times its row, `kl` nats per token
-    (needs `calibrate_strength`). Bare tensors know only `raw` and `unit`.
+    (see `UNITS`): `raw` the vector as built, `unit` a Euclidean length, `norm` the mean residual
+    norm at the site, `max_activation` the feature's maximum activation times its row, `kl` nats per
+    token (needs `calibrate_strength`). Bare tensors know only `raw` and `unit`.
 
     A vector that requires grad is read anew at each call, so it can be trained in place.
-    Source: Rimsky et al., arXiv 2312.06681; unit convention of arXiv 2603.16335, section 3.5 of its code.
+    Source: Rimsky et al., arXiv 2312.06681; unit convention of arXiv 2603.16335, section 3.5 of its
+    code.
     """
 
     vector: SteeringVector | Tensor
@@ -42,7 +43,8 @@ class Add:
         if not isinstance(self.vector, SteeringVector):
             if self.vector.ndim not in (1, 2):
                 raise ValueError(
-                    f"vector has shape {tuple(self.vector.shape)}; give [d_model] or [batch, d_model]"
+                    f"vector has shape {tuple(self.vector.shape)}; give [d_model] or [batch, "
+                    "d_model]"
                 )
             if not torch.isfinite(self.vector).all():
                 raise ValueError("the vector holds a value that is not finite")
@@ -60,7 +62,11 @@ class Add:
     @property
     def batch_rows(self) -> int:
         """How many batch rows the change was written for; 1 fits any batch."""
-        rows = 1 if isinstance(self.vector, SteeringVector) else self.vector.reshape(-1, self.vector.shape[-1]).shape[0]
+        rows = (
+            1
+            if isinstance(self.vector, SteeringVector)
+            else self.vector.reshape(-1, self.vector.shape[-1]).shape[0]
+        )
         return max(rows, torch.as_tensor(self.strength).numel())
 
     def _multiplier(self) -> Tensor:
@@ -93,12 +99,15 @@ class Add:
         if stored.requires_grad:
             return PreparedShift(None, idle=False, source=self, dtype=dtype, device=device)
         step = self.step().to(dtype=dtype, device=device).unsqueeze(1)
-        return PreparedShift(step, idle=not bool(step.any()), source=self, dtype=dtype, device=device)
+        return PreparedShift(
+            step, idle=not bool(step.any()), source=self, dtype=dtype, device=device
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedShift:
-    """A shift for one site: `constant` is `[1 or batch, 1, d_model]`, or None while it is trained."""
+    """A shift for one site: `constant` is `[1 or batch, 1, d_model]`, or None while it is
+    trained."""
 
     constant: Tensor | None
     idle: bool

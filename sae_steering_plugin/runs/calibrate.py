@@ -28,9 +28,9 @@ KEPT_LOGITS = 64_000_000
 class Calibration:
     """The strength that spends `nats` per token, and the curve that was measured on the way.
 
-    `strength` multiplies the vector as built (unit `raw`). `vector` is the same vector with the curve
-    in its recipe, so `Add(vector, 0.1, unit="kl")` and `vector.convert(...)` work from now on.
-    `tokens` is how many tokens the mean runs over.
+    `strength` multiplies the vector as built (unit `raw`). `vector` is the same vector with the
+    curve in its recipe, so `Add(vector, 0.1, unit="kl")` and `vector.convert(...)` work from now
+    on. `tokens` is how many tokens the mean runs over.
     """
 
     strength: float
@@ -62,10 +62,10 @@ def calibrate_strength(
 ) -> Calibration:
     """The strength at which mean KL(unsteered || steered) per steered token equals `budget` nats.
 
-    The mean runs over the next-token distributions at the tokens `positions` steers (the effect of a
-    steered token on later unsteered ones is not counted). A negative budget calibrates the opposite
-    direction and returns a negative strength. The first crossing from zero is found by doubling, then
-    by regula falsi in the square root of the KL, to a relative `tolerance`.
+    The mean runs over the next-token distributions at the tokens `positions` steers (the effect of
+    a steered token on later unsteered ones is not counted). A negative budget calibrates the
+    opposite direction and returns a negative strength. The first crossing from zero is found by
+    doubling, then by regula falsi in the square root of the KL, to a relative `tolerance`.
 
     Raises ValueError for a zero budget, no text, a vector without direction, or a budget that even
     `LARGEST_SHARE` residual norms do not spend.
