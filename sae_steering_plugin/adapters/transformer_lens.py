@@ -130,7 +130,7 @@ def resolve(model: Model, hook_name: str) -> Site:
         held = _child(owner, attribute)
     except (AttributeError, IndexError, TypeError, KeyError):
         pass
-    if isinstance(held, HookPoint):
+    if held is not None and isinstance(held, HookPoint):
         _refuse_gated(model, hook_name, name)
         registry = getattr(model, "_hook_registry", {})
         if held.name and registry.get(held.name) is held:
