@@ -11,7 +11,47 @@ import importlib
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds the two lists equal
+    from .adapters.engine import generate
+    from .adapters.sae_lens import SteeringDictionary, load_sae
+    from .adapters.steering import fwd_hooks, steer
+    from .adapters.transformer_lens import load_model
+    from .directions import (
+        caa_vector,
+        diff_mean_vector,
+        feature_vector,
+        pca_vector,
+        probe_vector,
+        sas_vector,
+    )
+    from .edits import Ablate, Add, Clamp, ProjectOut, Scale, SparseAdd
+    from .effects import compare
+    from .organisms import list_organisms, load_organism
+    from .runs.calibrate import calibrate_strength
+    from .runs.collect import collect_contrast, collect_labelled
+    from .runs.contrast_files import read_contrast
+    from .runs.rollouts import dose_response, run_rollouts
+    from .types import (
+        AFTER_PROMPT,
+        ALL,
+        DECODE,
+        LAST,
+        PREFILL,
+        Contrast,
+        Edit,
+        Effect,
+        FeatureTable,
+        Labelled,
+        Positions,
+        Recipe,
+        Scenario,
+        Scores,
+        Selection,
+        SparseCodes,
+        SteeringVector,
+    )
 
 __version__ = "0.1.0"
 

@@ -115,6 +115,13 @@ def test_every_public_name_resolves_and_is_documented():
     assert set(sae_steering_plugin.__all__) <= set(dir(sae_steering_plugin))
 
 
+def test_editors_are_told_the_same_names():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    told = {a.name: node.module for node in block.body for a in node.names}
+    assert told == sae_steering_plugin._HOME
+
+
 def test_an_unknown_name_lists_the_nearest():
     with pytest.raises(
         AttributeError, match="no attribute 'SteringVector'; nearest are SteeringVec"
