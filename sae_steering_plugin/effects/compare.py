@@ -19,7 +19,8 @@ class ArmResults(Protocol):
     """One arm's results: `table()` gives one row per item, `details()` what an `Effect` says of it.
 
     The table holds a column naming the item, one column per outcome, and `valid` (was the output
-    well formed). `details()` may give method, strength, unit, positions, displacement, trait, model.
+    well formed). `details()` may give any of method, strength, unit, positions, displacement,
+    trait and model.
     """
 
     def table(self) -> pd.DataFrame: ...
@@ -100,7 +101,7 @@ def matched(first: pd.Series, second: pd.Series, outcome: str) -> tuple[pd.Serie
 
 
 def outcome_column(arm: ArmResults, outcome: str, item: str) -> pd.Series:
-    """One outcome indexed by item. Raises KeyError for an unknown column, ValueError for a repeat."""
+    """One outcome indexed by item. KeyError for an unknown column, ValueError for a repeat."""
     table = arm.table()
     for column in (item, outcome):
         if column not in table:

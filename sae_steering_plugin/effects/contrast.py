@@ -47,8 +47,8 @@ def paired_values(
     first, second = as_values(base, "base"), as_values(arm, "arm")
     if len(first) != len(second):
         raise ValueError(
-            f"base has {len(first)} items and arm {len(second)}: a paired comparison needs the same "
-            "items in the same order; use paired=False for independent items"
+            f"base has {len(first)} items and arm {len(second)}: a paired comparison needs the "
+            "same items in the same order; use paired=False for independent items"
         )
     return first, second
 
@@ -125,7 +125,7 @@ def superiority(base: Values, arm: Values) -> float:
 
 
 def moved_wrong(base: Values, arm: Values, *, sign: int = 1) -> float:
-    """Share of items that moved against the intended `sign`; items that did not move count as right.
+    """Share of items moved against the intended `sign`; an item that did not move is not.
 
     Source: share of anti-steerable samples, Tan et al., arXiv 2407.12404.
     """
@@ -201,7 +201,7 @@ def resampled_d(
     *,
     ddof: int,
 ) -> Float[np.ndarray, " resample"]:
-    """Cohen's d of each resample; infinite where it separates the arms completely, 0 where constant."""
+    """Cohen's d of each resample; infinite where the arms separate without spread."""
     n, m = len(first), len(second)
     centre = np.concatenate([first, second]).mean()
     first, second = first - centre, second - centre
@@ -296,7 +296,7 @@ def mcnemar(base: Values, arm: Values) -> float:
 
 
 def mann_whitney(base: Values, arm: Values) -> float:
-    """Two-sided p of the Mann-Whitney U test (SciPy defaults), for independent items; 1 if all tie."""
+    """Two-sided p of Mann-Whitney's U (SciPy defaults) for independent items; 1 if all tie."""
     from scipy.stats import mannwhitneyu
 
     first, second = as_values(base, "base"), as_values(arm, "arm")

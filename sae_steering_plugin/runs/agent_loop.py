@@ -216,8 +216,8 @@ class Loop:
                 if not 0 < len(ids) <= room:
                     raise ValueError(
                         f"a prompt of {len(ids)} tokens does not fit the {room} that "
-                        f"max_new_tokens={self.sampling.max_new_tokens} leaves of the context: lower "
-                        "max_new_tokens or max_turns, or shorten the scenario"
+                        f"max_new_tokens={self.sampling.max_new_tokens} leaves of the context: "
+                        "lower max_new_tokens or max_turns, or shorten the scenario"
                     )
             except Exception as error:  # belongs to this conversation alone
                 conversation.fail(error)
@@ -227,7 +227,7 @@ class Loop:
         return prompts, failures
 
     def answers(self, batch: Sequence[Prompt]) -> list[Tensor | Exception]:
-        """New tokens per row. When a batch raises, each row is tried alone and keeps its own error."""
+        """New tokens per row; when a batch raises, each row alone, or its own error."""
         try:
             return list(self.generated(batch))
         except Exception as error:

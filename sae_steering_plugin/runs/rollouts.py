@@ -1,8 +1,8 @@
 """Agent rollouts under steering, and the dose-response of a vector with its controls.
 
 `run_rollouts` runs scenarios in one or several arms; `dose_response` builds the arms of a sweep
-(methods x strengths x positions, random directions, dense baselines), runs them in shared batches and
-compares each with the unsteered arm. Nothing that a model writes is ever executed.
+(methods x strengths x positions, random directions, dense baselines), runs them in shared batches
+and compares each with the unsteered arm. Nothing that a model writes is ever executed.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Arm:
         return {key: value for key, value in given.items() if value == value and value != ""}
 
     def bound(self) -> tuple[Edit, ...]:
-        """The edits as `Edit` records. Raises ValueError when one is bound to batch rows already."""
+        """The edits as `Edit` records. Raises ValueError when one is bound to rows already."""
         edits = tuple(edit if isinstance(edit, Edit) else Edit(edit) for edit in self.edits)
         if any(edit.rows is not None for edit in edits):
             raise ValueError(
@@ -128,7 +128,9 @@ def run_rollouts(
         for scenario in scenarios
     ]
     if generate is None:
-        from ..adapters.engine import generate
+        from ..adapters import engine
+
+        generate = engine.generate
     from tqdm.auto import tqdm
 
     loop = Loop(
@@ -243,7 +245,7 @@ class DoseResponse:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def control_summary(self) -> pd.DataFrame:
-        """Per positions and strength: seeds, mean and largest |d| of the random directions, validity."""
+        """Per positions and strength: how many random directions, their mean and largest |d|."""
         import pandas as pd
 
         rows = [
@@ -273,7 +275,7 @@ class DoseResponse:
         )
 
     def table(self) -> pd.DataFrame:
-        """One row per effect and baseline, with the random directions' |d| at its strength beside it."""
+        """One row per effect and baseline, with the random directions' |d| beside it."""
         import pandas as pd
 
         rows = [
@@ -343,9 +345,9 @@ def dose_response(
     `control_strengths` (all strengths when None). `outcome` is a column of the rollouts' table.
     `correction` spans vectors and baselines. `loop` goes to `run_rollouts`.
 
-    A mapping gives the methods their names, and may hold an `EditMaker` instead of a vector (then it
-    has no displacement and no control of its own). Raises ValueError for names that repeat and for
-    a baseline whose site no vector has.
+    A mapping gives the methods their names, and may hold an `EditMaker` instead of a vector (then
+    it has no displacement and no control of its own). Raises ValueError for names that repeat and
+    for a baseline whose site no vector has.
     """
     methods, dense = named(vectors), named(baselines)
     if repeated := sorted(set(methods) & set(dense)):

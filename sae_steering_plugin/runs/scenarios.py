@@ -1,8 +1,8 @@
 """Agent scenarios and tools: the five default tools, readers for the user's own, cached results.
 
 A scenario file holds one JSON object per line with `id`, `system_prompt` (or `system`),
-`user_message` (or `user`), `mock_tool_responses` (or `responses`: tool name -> list of results) and,
-optionally, `domain`, `tools` (names; all tools when absent) and `measurable_traits` (or `traits`).
+`user_message` (or `user`), `mock_tool_responses` (or `responses`: tool name -> list of results)
+and, optionally, `domain`, `tools` (names; all when absent), `measurable_traits` (or `traits`).
 This is the form of the scenarios released with arXiv 2603.16335.
 """
 
@@ -17,7 +17,7 @@ from ..types import Scenario
 
 
 def tool(name: str, description: str, **parameters: str) -> dict[str, Any]:
-    """A tool's JSON schema in the form chat templates take; every parameter is a required string."""
+    """A tool's JSON schema as chat templates take it; every parameter is a required string."""
     properties = {
         key: {"type": "string", "description": meaning} for key, meaning in parameters.items()
     }
@@ -46,7 +46,7 @@ TRANSIENT_ERRORS: tuple[str, ...] = (
     "Request failed: DNS resolution error for the target host.",
     "The operation could not be completed due to a transient network error.",
 )
-"""Given out in turn once a tool's cached results have run out (released transcripts, same order)."""
+"""Given out in turn once a tool's cached results have run out (order of the released rollouts)."""
 
 
 def tool_name(schema: Mapping[str, Any]) -> str:
@@ -159,7 +159,7 @@ def words(written: str, value: Any, place: str) -> tuple[str, ...]:
 
 
 def responses(written: str, value: Any, place: str) -> dict[str, tuple[str, ...]]:
-    """Cached results per tool as text; objects are written as JSON, as the transcripts show them."""
+    """Cached results per tool as text; objects become JSON, as the transcripts show them."""
     if value is None:
         return {}
     if not isinstance(value, dict):

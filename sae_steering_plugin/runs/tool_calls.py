@@ -24,7 +24,7 @@ Notation = Literal["native", "tagged", "json", "keyword"]
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 LEFTOVER = re.compile(
-    r"</?tool_call|</?tool_response|</?function\b|<function=|</?parameter\b|<parameter=|<\|[\w ]{1,40}\|>"
+    r"</?tool_call|</?tool_response|</?function\b|</?parameter\b|<\|[\w ]{1,40}\|>"
 )
 """Pieces of markup that plain text must not hold: tags of calls and results, control tokens."""
 
@@ -310,7 +310,7 @@ def unescaped(match: re.Match[str]) -> str:
 
 
 def prose_calls(text: str, known: Collection[str]) -> tuple[list[ToolCall], str]:
-    """Every NAME(...) of a known tool, also inside a sentence (the source's rule); text unchanged."""
+    """Every NAME(...) of a known tool, also in a sentence (the source's rule); text unchanged."""
     if not known:
         return [], text
     names = "|".join(re.escape(name) for name in sorted(known))

@@ -135,7 +135,8 @@ class Rollouts:
         """What an `Effect` says of this arm. Raises ValueError when there are several arms."""
         if len(self.names) != 1:
             raise ValueError(
-                f"{len(self.names)} arms are here ({', '.join(self.names)}): pick one with .arm(name)"
+                f"{len(self.names)} arms are here ({', '.join(self.names)}): "
+                "pick one with .arm(name)"
             )
         return {"method": self.names[0], **self.arms.get(self.names[0], {})}
 
@@ -192,7 +193,7 @@ class Rollouts:
 
     @classmethod
     def load(cls, path: str | Path) -> Rollouts:
-        """Read what `save` wrote. Raises ValueError that names file and line when it is not that."""
+        """Read what `save` wrote. ValueError names file and line when it is not that."""
         path = Path(path)
         reader = readers.get(path.suffix)
         if reader is None:

@@ -41,6 +41,10 @@ def call(name: str, **arguments: str) -> str:
     return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 
 
+def always(text: str) -> Callable[[str], str]:
+    return lambda prompt: text  # noqa: ARG005
+
+
 def plain(messages: Any, tools: Any) -> str:
     del tools
     return "".join(f"[{m['role']}]{m['content']}" for m in messages)
@@ -63,9 +67,12 @@ class Script:
         self.asked.append(prompts)
         limit = options["max_new_tokens"]
         written = [
-            [*tokenizer(self.answer(p), add_special_tokens=False)["input_ids"], EOS] for p in prompts
+            [*tokenizer(self.answer(p), add_special_tokens=False)["input_ids"], EOS]
+            for p in prompts
         ]
-        return SimpleNamespace(new_tokens=[torch.tensor(row[:limit]) for row in written], record=None)
+        return SimpleNamespace(
+            new_tokens=[torch.tensor(row[:limit]) for row in written], record=None
+        )
 
 
 def scripted(script: Script, scenarios: Any, *edits: Any, **options: Any) -> Rollouts:
@@ -79,7 +86,7 @@ def scripted(script: Script, scenarios: Any, *edits: Any, **options: Any) -> Rol
 
 
 def test_a_plain_answer_ends_the_rollout():
-    (one,) = scripted(Script(lambda p: "All done."), [scenario("a")])
+    (one,) = scripted(Script(always("All done.")), [scenario("a")])
     assert (one.turns, one.calls, one.valid, one.cut) == (1, (), True, False)
     assert one.messages[-1] == {"role": "assistant", "content": "All done."}
     assert one.n_tokens == len(tiny_tokenizer()("All done.")["input_ids"])
@@ -96,7 +103,11 @@ def test_calls_are_answered_from_the_cache_and_then_with_errors():
 
 
 def test_one_message_holds_all_calls_of_a_turn_and_one_answer_each_follows():
-    both = call("ask_user", question="q") + call("web_search", query="x") + call("ask_user", question="r")
+    both = (
+        call("ask_user", question="q")
+        + call("web_search", query="x")
+        + call("ask_user", question="r")
+    )
     script = Script(lambda p: "done" if "[tool]" in p else f"Wait. {both}")
     (one,) = scripted(script, [scenario("a", ask_user=["yes", "no"])])
     assert [m["role"] for m in one.messages] == [
@@ -113,7 +124,9 @@ def test_one_message_holds_all_calls_of_a_turn_and_one_answer_each_follows():
 
 
 def test_the_loop_stops_at_the_turn_limit():
-    rollouts = scripted(Script(lambda p: call("ask_user", question="q")), [scenario("a")], max_turns=3)
+    rollouts = scripted(
+        Script(always(call("ask_user", question="q"))), [scenario("a")], max_turns=3
+    )
     (one,) = rollouts
     assert (one.turns, len(one.calls), one.valid) == (3, 3, True)
     assert one.messages[-1]["role"] == "tool"
@@ -136,9 +149,9 @@ def test_a_malformed_turn_makes_the_rollout_invalid_and_says_why(text, problem):
 
 
 def test_a_turn_that_reaches_the_token_limit_is_cut_and_not_valid():
-    (one,) = scripted(Script(lambda p: "a b c d e f g h"), [scenario("a")], max_new_tokens=3)
+    (one,) = scripted(Script(always("a b c d e f g h")), [scenario("a")], max_new_tokens=3)
     assert (one.cut, one.valid, one.n_tokens) == (True, False, 3)
-    (one,) = scripted(Script(lambda p: "a b"), [scenario("a")], max_new_tokens=60)
+    (one,) = scripted(Script(always("a b")), [scenario("a")], max_new_tokens=60)
     assert (one.cut, one.valid) == (False, True)
 
 
@@ -146,7 +159,7 @@ def test_nothing_a_model_writes_is_run(tmp_path):
     target = tmp_path / "written"
     code = f"open({str(target)!r}, 'w').write('x')"
     script = Script(
-        lambda p: call("code_execute", code=code) + call("file_write", path=str(target), content="x")
+        always(call("code_execute", code=code) + call("file_write", path=str(target), content="x"))
     )
     (one,) = scripted(script, [scenario("a")], max_new_tokens=900)
     assert len(one.calls) == 10
@@ -167,7 +180,7 @@ def test_an_exception_ends_its_own_rollout_only():
 
 
 def test_a_failure_of_everything_at_once_is_raised():
-    def answer(prompt: str) -> str:
+    def answer(prompt: str) -> str:  # noqa: ARG001
         raise KeyError("no hook point")
 
     with pytest.raises(KeyError, match="no hook point"):
@@ -177,9 +190,12 @@ def test_a_failure_of_everything_at_once_is_raised():
 
 
 def test_a_conversation_that_outgrows_the_context_is_recorded():
-    script = Script(lambda p: call("web_search", query="x"))
+    script = Script(always(call("web_search", query="x")))
     rollouts = scripted(
-        script, [scenario("a", web_search=["y" * 400] * 9), scenario("b")], max_new_tokens=3300, max_turns=5
+        script,
+        [scenario("a", web_search=["y" * 400] * 9), scenario("b")],
+        max_new_tokens=3300,
+        max_turns=5,
     )
     long, short = rollouts
     assert "does not fit" in long.error
@@ -188,7 +204,7 @@ def test_a_conversation_that_outgrows_the_context_is_recorded():
 
 
 def test_prompts_of_like_length_share_left_padded_batches():
-    script = Script(lambda p: "done")
+    script = Script(always("done"))
     users = ["x " * n for n in (30, 1, 29, 2, 31, 3)]
     scripted(script, [scenario(f"s{i}", user) for i, user in enumerate(users)], batch_size=3)
     lengths = [[len(p) for p in batch] for batch in script.asked]
@@ -201,14 +217,14 @@ def test_prompts_of_like_length_share_left_padded_batches():
 
 def test_rollouts_come_back_by_arm_in_the_order_given():
     arms = [Arm("one"), Arm("two")]
-    rollouts = scripted(Script(lambda p: "done"), [scenario("b"), scenario("a")], arms=arms)
+    rollouts = scripted(Script(always("done")), [scenario("b"), scenario("a")], arms=arms)
     assert [(r.arm, r.scenario) for r in rollouts] == [
         ("one", "b"), ("one", "a"), ("two", "b"), ("two", "a"),
     ]  # fmt: skip
 
 
 def test_the_same_noise_goes_to_every_arm_and_none_when_greedy():
-    script = Script(lambda p: "done")
+    script = Script(always("done"))
     scripted(script, [scenario("a"), scenario("b")], arms=[Arm("one"), Arm("two")])
     noise = script.options[0]["noise"](0)
     order = [p.split("[user]")[0] for p in script.asked[0]]
@@ -220,7 +236,7 @@ def test_the_same_noise_goes_to_every_arm_and_none_when_greedy():
 
 
 def test_a_set_up_that_cannot_work_is_refused_before_anything_runs():
-    script, one = Script(lambda p: "done"), scenario("a")
+    script, one = Script(always("done")), scenario("a")
     vector = torch.ones(D_MODEL)
     bad = [
         (dict(scenarios=[]), "at least one scenario"),
@@ -258,10 +274,11 @@ def test_shifts_of_many_arms_become_one_shift_with_a_row_each():
     first, second = Edit(Add(one, 2.0), SITE), Edit(Add(two, 1.0), SITE)
     late = Edit(Add(one, 3.0), SITE, DECODE)
     merged = row_edits([(), (first,), (second, late), (first, second)])
-    assert [(edit.site, str(edit.positions)) for edit in merged] == [(SITE, "all"), (SITE, "decode")]
-    assert torch.equal(
-        merged[0].change.step(), torch.stack([0 * one, 2 * one, two, 2 * one + two])
-    )
+    assert [(edit.site, str(edit.positions)) for edit in merged] == [
+        (SITE, "all"),
+        (SITE, "decode"),
+    ]
+    assert torch.equal(merged[0].change.step(), torch.stack([0 * one, 2 * one, two, 2 * one + two]))
     assert torch.equal(merged[1].change.step()[2], 3 * one)
     assert not merged[1].change.step()[[0, 1, 3]].any()
 
@@ -323,9 +340,7 @@ def test_a_rollout_is_the_same_alone_and_in_any_batch(host):
 
 
 def test_another_seed_gives_other_rollouts(host):
-    first, again, other = (
-        texts(host_run(host, host_scenarios(), seed=seed)) for seed in (1, 1, 2)
-    )
+    first, again, other = (texts(host_run(host, host_scenarios(), seed=seed)) for seed in (1, 1, 2))
     assert first == again != other
 
 
@@ -340,7 +355,9 @@ def test_an_arm_of_strength_zero_is_the_base(bridge):
 def test_an_unknown_hook_name_is_raised_and_not_recorded(bridge):
     with pytest.raises(KeyError, match="hook_resid_pst"):
         host_run(
-            bridge, host_scenarios(2), edits=[Edit(Add(torch.ones(D_MODEL)), "blocks.0.hook_resid_pst")]
+            bridge,
+            host_scenarios(2),
+            edits=[Edit(Add(torch.ones(D_MODEL)), "blocks.0.hook_resid_pst")],
         )
 
 
@@ -353,7 +370,9 @@ def test_an_edit_that_reaches_no_token_is_raised(bridge):
 # Dose-response
 
 
-def vector(label: str, seed: int, *, mean_norm: float | None = 2.0, hook_name: str = SITE) -> SteeringVector:
+def vector(
+    label: str, seed: int, *, mean_norm: float | None = 2.0, hook_name: str = SITE
+) -> SteeringVector:
     drawn = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(seed))
     return SteeringVector(drawn, hook_name, Recipe(method="probe", mean_norm=mean_norm), label)
 
@@ -415,7 +434,9 @@ def test_baselines_and_controls_get_the_displacement_of_the_first_vector():
     short = vector("short", 1)
     found = swept(short, baselines=[vector("dense", 2, mean_norm=None)], unit="raw", controls=2)
     lengths = {
-        name: float(arm["displacement"]) for name, arm in found.rollouts.arms.items() if name != "base"
+        name: float(arm["displacement"])
+        for name, arm in found.rollouts.arms.items()
+        if name != "base"
     }
     assert len(set(lengths.values())) == 1
     assert {one.method for one in found.baselines} == {"dense"}
@@ -428,7 +449,10 @@ def test_common_noise_makes_the_paired_comparison_sharper():
     up = found.effects[1]
     assert up.moved_wrong == 0  # with the same noise nobody asks more
     unpaired = compare(
-        found.rollouts.arm("base"), found.rollouts.arm("axis +0.5 all"), outcome="autonomy", paired=False
+        found.rollouts.arm("base"),
+        found.rollouts.arm("axis +0.5 all"),
+        outcome="autonomy",
+        paired=False,
     )
     assert up.p_value < unpaired.p_value
 
@@ -440,8 +464,8 @@ def test_edits_of_one_s_own_can_be_swept():
     config = SimpleNamespace(d_vocab=16, n_ctx=4096, model_name="script")
     model = SimpleNamespace(cfg=config, tokenizer=tiny_tokenizer())
     found = dose_response(
-        model, [scenario(f"s{i}") for i in range(40)], {"mine": maker}, strengths=(1.0,), controls=0,
-        generate=Asker(), render=plain, progress=False, max_turns=1, resamples=50,
+        model, [scenario(f"s{i}") for i in range(40)], {"mine": maker}, strengths=(1.0,),
+        controls=0, generate=Asker(), render=plain, progress=False, max_turns=1, resamples=50,
     )  # fmt: skip
     assert found.effects[0].method == "mine"
     assert found.effects[0].d > 0
@@ -468,7 +492,9 @@ def trajectory(*turns: tuple[str, ...]) -> Rollout:
     messages: list[dict[str, Any]] = [{"role": "user", "content": "u"}]
     for names in turns:
         calls = [{"function": {"name": name, "arguments": {}}} for name in names]
-        messages.append({"role": "assistant", "content": "", **({"tool_calls": calls} if calls else {})})
+        messages.append(
+            {"role": "assistant", "content": "", **({"tool_calls": calls} if calls else {})}
+        )
         messages += [{"role": "tool", "name": name, "content": "r"} for name in names]
     return Rollout.from_messages(messages, scenario="a", arm="base")
 
@@ -510,7 +536,7 @@ def test_rollouts_survive_both_file_forms(tmp_path):
 
 
 def test_arms_are_picked_and_summed_up():
-    rollouts = scripted(Script(lambda p: "done"), [scenario("a")], arms=[Arm("one"), Arm("two")])
+    rollouts = scripted(Script(always("done")), [scenario("a")], arms=[Arm("one"), Arm("two")])
     assert rollouts.names == ("one", "two")
     assert len(rollouts.arm("two")) == 1
     assert (rollouts.arm("one") + rollouts.arm("two")).names == rollouts.names

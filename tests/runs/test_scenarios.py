@@ -36,12 +36,16 @@ def test_a_scenario_is_read_and_offers_every_tool_by_default(tmp_path):
         "a", "coding", "You help.", "Do it.", tuple(map(tool_name, TOOLS)),
         {"web_search": ('{"results": []}', "plain")}, ("autonomy",),
     )  # fmt: skip
-    (one,) = read_scenarios(written(tmp_path, {"id": "b", "system": "", "user": "u", "tools": ["x"]}))
+    (one,) = read_scenarios(
+        written(tmp_path, {"id": "b", "system": "", "user": "u", "tools": ["x"]})
+    )
     assert (one.tools, one.responses, one.domain) == (("x",), {}, "")
 
 
 def test_scenarios_survive_a_file(tmp_path):
-    scenarios = read_scenarios(written(tmp_path, GOOD, "", {**GOOD, "id": "b", "tools": ["ask_user"]}))
+    scenarios = read_scenarios(
+        written(tmp_path, GOOD, "", {**GOOD, "id": "b", "tools": ["ask_user"]})
+    )
     write_scenarios(scenarios, tmp_path / "again.jsonl")
     assert read_scenarios(tmp_path / "again.jsonl") == scenarios
 
@@ -57,7 +61,10 @@ def test_scenarios_survive_a_file(tmp_path):
         ({"id": "x", "user": "u"}, r":2: field 'system_prompt' must be text, not missing"),
         ({"id": "x", "system": "s", "user": ["u"]}, r":2: field 'user' must be text, not a list"),
         ({**GOOD, "id": "x", "domain": 1}, r":2: field 'domain' must be text, not a number"),
-        ({**GOOD, "id": "x", "tools": "ask"}, r":2: field 'tools' must be a list of names, not text"),
+        (
+            {**GOOD, "id": "x", "tools": "ask"},
+            r":2: field 'tools' must be a list of names, not text",
+        ),
         ({**GOOD, "id": "x", "mock_tool_responses": []}, r":2: .*must map tool names to lists"),
         (
             {**GOOD, "id": "x", "responses": None, "mock_tool_responses": {"a": "b"}},

@@ -11,7 +11,9 @@ TOOLS = ("web_search", "code_execute", "ask_user", "file_read", "file_write")
 
 names = st.sampled_from(TOOLS)
 keys = st.from_regex(r"[a-z_]{1,8}", fullmatch=True)
-words = st.text(st.characters(exclude_characters="<>", exclude_categories=["Cs", "Cc"]), max_size=20)
+words = st.text(
+    st.characters(exclude_characters="<>", exclude_categories=["Cs", "Cc"]), max_size=20
+)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**9), 10**9) | words,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
@@ -21,8 +23,8 @@ json_arguments = st.dictionaries(keys, json_values, max_size=3)
 text_arguments = st.dictionaries(keys, words, min_size=1, max_size=3)
 garbage = st.text(max_size=200) | st.lists(
     st.sampled_from(
-        ["<tool_call>", "</tool_call>", "<function=", "ask_user>", "</function>", "<parameter=", "a>",
-         "</parameter>", '{"name": "ask_user", "arguments": {', "}}", '"name"', "[", "{", '"', "\\",
+        ["<tool_call>", "</tool_call>", "<function=", "ask_user>", "</function>", "<parameter=",
+         "a>", "</parameter>", '{"name": "ask_user", "arguments": {', "}}", '"name"', "[", "{", '"', "\\",
          "ask_user(", "question=", ")", ",", "```", "\n", "<|im_end|>", "text", "'"]
     ),
     max_size=30,
@@ -104,7 +106,9 @@ def test_text_without_markup_holds_no_call_and_is_kept(text):
 
 
 def test_several_calls_in_one_turn_keep_their_order_and_the_text_beside_them():
-    written = "First. " + tagged("web_search", {"query": "a"}) + native("ask_user", {"question": "b"})
+    written = (
+        "First. " + tagged("web_search", {"query": "a"}) + native("ask_user", {"question": "b"})
+    )
     turn = parse_turn(written, tools=TOOLS)
     assert [call.name for call in turn.calls] == ["web_search", "ask_user"]
     assert turn.text == "First."
@@ -180,7 +184,7 @@ def test_any_name_is_known_without_a_list_of_tools():
         '{"name":' * 4000,
         '{"name": ["' * 2000,
         "[" * 40_000 + '"name"',
-        '<tool_call>' + "[" * 40_000 + "</tool_call>",
+        "<tool_call>" + "[" * 40_000 + "</tool_call>",
         "ask_user(" * 4000,
         "ask_user(a=" + '"' * 20_000 + ")",
         "ask_user(" + "a=b, " * 5000 + ")",
