@@ -85,14 +85,15 @@ class ContrastFile:
         return {answer: n / len(self.positive) for answer, n in counts.most_common()}
 
     def contrast(self, render: Render | None = None) -> Contrast:
-        """The texts, with the character offset of each answer's first letter if there are answers.
+        """The texts, with the character offset of each choice letter where every answer is one.
 
         `render` writes chat turns (see `chat_render`); without one they are plain paragraphs. Texts
         of the question forms end in the chosen letter ("... (A") or word ("... Yes").
         """
         positive = [written(side, render) for side in self.positive]
         negative = [written(side, render) for side in self.negative]
-        lettered = bool(self.positive[0].answer)
+        answers = [side.answer for side in (*self.positive, *self.negative)]
+        lettered = all(CHOICE.fullmatch(answer) for answer in answers)
         return Contrast(
             positive=tuple(text for text, _ in positive),
             negative=tuple(text for text, _ in negative),

@@ -67,12 +67,8 @@ def test_evals_pair_yes_with_no_and_statements_do_not_pair(data: Path) -> None:
     path = data / "anthropic-evals" / "persona" / "openness.jsonl"
     paired = read_contrast(path)
     assert len(paired) == 1000 and paired.paired
-    assert Counter(
-        text[at] for text, at in zip(paired.positive, paired.letters[0], strict=True)
-    ) == {
-        "Y": 500,
-        "N": 500,
-    }
+    assert Counter(text[-3:].strip() for text in paired.positive) == {"Yes": 500, "No": 500}
+    assert paired.letters == ((), ())  # the whole word is read, at the last token
     assert paired.positive[0].endswith("Answer: Yes") and paired.negative[0].endswith("Answer: No")
     loose = read_contrast(path, format="statements")
     assert not loose.paired and len(loose.positive) == len(loose.negative) == 500
