@@ -17,6 +17,7 @@ from sae_steering_plugin.directions.recipe import (
     recipe_of,
     require_balanced_letters,
     require_both_labels,
+    require_choice,
 )
 from sae_steering_plugin.types import SMALLEST_NORM, Labelled, SteeringVector
 
@@ -89,9 +90,9 @@ def pca_vector(
     2310.01405), LAT.
     """
     require_both_labels(labelled)
-    if centre not in ("pair", "mean", None):
-        raise ValueError(f"centre is {centre!r}; it must be 'pair' or 'mean'")
-    if centre is None:
+    if centre is not None:
+        require_choice("centre", centre, ("pair", "mean"))
+    else:
         centre = "pair" if bool((labelled.pairs >= 0).all()) else "mean"
     if centre == "pair":
         pair_rows(labelled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,12 @@ def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return {key: plain(value) for key, value in values.items()}
+
+
+def require_choice(name: str, given: str, known: Sequence[str]) -> None:
+    """Raise ValueError, listing the known words, when option `name` was given another."""
+    if given not in known:
+        raise ValueError(f"{name} is {given!r}; choose one of {', '.join(known)}")
 
 
 def require_both_labels(labelled: Labelled) -> None:

@@ -22,6 +22,7 @@ from sae_steering_plugin.directions.recipe import (
     recipe_of,
     require_balanced_letters,
     require_both_labels,
+    require_choice,
 )
 from sae_steering_plugin.types import Labelled, SparseCodes, SteeringVector
 
@@ -131,8 +132,7 @@ def sas_codes(
         (shared, ("drop", "keep_difference"), "shared"),
         (parts, ("both", "positive", "negative"), "parts"),
     ):
-        if given not in known:
-            raise ValueError(f"{name} is {given!r}; choose one of {', '.join(known)}")
+        require_choice(name, given, known)
     if top_n is not None and top_n < 1:
         raise ValueError(f"top_n is {top_n}; it must be at least 1")
     if positive.shape[1] != negative.shape[1]:
