@@ -24,7 +24,7 @@ EXACT_LIMIT = 200_000
 """Most distinct outcomes a sign-flip distribution is enumerated over before it is sampled."""
 
 ROUNDING = 1e-9
-"""Relative slack when an enumerated statistic is compared with the observed one."""
+"""Rounding allowed when two sums are compared, relative to the size of what was summed."""
 
 
 def as_values(values: Values, name: str = "values") -> Float[np.ndarray, " n"]:
@@ -239,17 +239,18 @@ def paired_permutation(base: Values, arm: Values, *, resamples: int = 9999, seed
     if not len(differences):
         return 1.0
     sizes, observed = np.abs(differences), abs(differences.sum())
+    reached_at = observed - ROUNDING * sizes.sum()  # the sums cancel, so their rounding is absolute
     if (sizes == np.round(sizes)).all() and sizes.sum() <= EXACT_LIMIT / 4:
         return flip_probability(sizes.astype(int), int(observed))
     if 2 ** min(len(sizes), 60) <= EXACT_LIMIT:
         signs = sign_patterns(len(sizes))
-        return float((np.abs(signs @ sizes) >= observed * (1 - ROUNDING)).mean())
+        return float((np.abs(signs @ sizes) >= reached_at).mean())
     generator = np.random.default_rng(seed)
     reached = 0
     for start in range(0, resamples, step := max(1, BLOCK // len(sizes))):
         shape = (min(step, resamples - start), len(sizes))
         signs = generator.integers(0, 2, size=shape, dtype=np.int8) * 2.0 - 1
-        reached += int((np.abs(signs @ sizes) >= observed * (1 - ROUNDING)).sum())
+        reached += int((np.abs(signs @ sizes) >= reached_at).sum())
     return (reached + 1) / (resamples + 1)
 
 

@@ -4,7 +4,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -129,6 +129,7 @@ def test_bad_values_are_refused_with_their_place():
 
 
 @given(columns.filter(lambda values: len(values) <= 9), st.integers(0, 1000))
+@example(base=[0.0, -4.0, -3.0, 0.0], seed=238)  # differences that cancel up to rounding
 @settings(max_examples=30, deadline=None)
 def test_the_permutation_p_is_scipy_s_exact_one(base, seed):
     arm = base + np.random.default_rng(seed).integers(-3, 4, size=len(base))
