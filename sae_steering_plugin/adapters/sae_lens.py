@@ -241,7 +241,7 @@ class SteeringDictionary(SAE[SteeringDictionaryConfig]):
     def vectors(self) -> list[SteeringVector]:
         """The rows as steering vectors, in float32, with their labels, recipes and sparse codes."""
         hook_name = site_names(self)[1]
-        weights = self.W_dec.detach().to(torch.float32, copy=True)
+        weights = self.W_dec.detach().float()
         starts = [0]
         for count in self.cfg.codes_per_row or (0,) * self.cfg.d_sae:
             starts.append(starts[-1] + count)
@@ -267,7 +267,7 @@ class SteeringDictionary(SAE[SteeringDictionaryConfig]):
             return None
         return SparseCodes(
             indices=self.code_indices[start:stop].clone(),
-            values=self.code_values[start:stop].detach().to(torch.float32, copy=True),
+            values=self.code_values[start:stop].detach().float().clone(),
             d_sae=row.base_width,
             sae_id=row.base_id,
         )
