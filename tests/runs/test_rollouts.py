@@ -367,6 +367,40 @@ def test_an_edit_that_reaches_no_token_is_raised(bridge):
         host_run(bridge, host_scenarios(2), edits=[edit], max_new_tokens=1)
 
 
+# On the embedded organism
+
+
+@pytest.fixture(scope="module")
+def organism() -> Any:
+    organisms = pytest.importorskip("sae_steering_plugin.organisms")
+    if "agent-gpt2" not in organisms.list_organisms():
+        pytest.skip("the organism agent-gpt2 is not built")
+    return organisms.load_organism("agent-gpt2")
+
+
+def test_the_organism_writes_valid_calls_and_asks_sometimes(organism):
+    scenarios = organism.world.scenarios(60)
+    rollouts = run_rollouts(organism.model, scenarios, max_new_tokens=96, progress=False)
+    summary = rollouts.summary().loc["base"]
+    assert summary["valid"] >= 0.9
+    assert 0.2 < summary["autonomy"] < 0.8
+    assert not any(one.error for one in rollouts)
+
+
+def test_the_organism_s_rollouts_do_not_depend_on_their_batch(organism):
+    scenarios = organism.world.scenarios(12)
+    shift = torch.randn(organism.model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    arms = [Arm("base"), Arm("pushed", (Edit(Add(shift), "blocks.1.hook_resid_post"),))]
+    options = {"max_new_tokens": 96, "progress": False}
+    together = texts(run_rollouts(organism.model, scenarios, arms=arms, **options))
+    alone: dict[tuple[str, str], str] = {}
+    for arm in arms:
+        some = scenarios[3:8][::-1]
+        alone |= texts(run_rollouts(organism.model, some, arms=[arm], batch_size=2, **options))
+    assert alone == {key: together[key] for key in alone}
+    assert any(together["base", one.id] != together["pushed", one.id] for one in scenarios)
+
+
 # Dose-response
 
 

@@ -21,12 +21,12 @@ json_values = st.recursive(
 )
 json_arguments = st.dictionaries(keys, json_values, max_size=3)
 text_arguments = st.dictionaries(keys, words, min_size=1, max_size=3)
-PIECES = """<tool_call> </tool_call> <function= ask_user> </function> <parameter= a> </parameter>
-{"name":"ask_user","arguments":{ }} "name" [ { " \\ ask_user( question= ) , ``` <|im_end|> text '
-""".split()
-garbage = st.text(max_size=200) | st.lists(st.sampled_from([*PIECES, "\n", " "]), max_size=30).map(
-    "".join
+PIECES = (
+    *("<tool_call>", "</tool_call>", "<function=", "ask_user>", "</function>", "<parameter="),
+    *("a>", "</parameter>", '{"name": "ask_user", "arguments": {', "}}", '"name"', "[", "{"),
+    *('"', "\\", "ask_user(", "question=", ")", ",", "```", "\n", "<|im_end|>", "text", "'"),
 )
+garbage = st.text(max_size=200) | st.lists(st.sampled_from(PIECES), max_size=30).map("".join)
 
 
 def tagged(name, arguments):
