@@ -203,7 +203,7 @@ def weight_spread(weights: Float[Tensor, " feature"]) -> dict[str, int]:
     return {f"{p}%": int((share < p / 100 - 1e-12).sum()) + 1 for p in (50, 80, 90, 95)}
 
 
-def top_features(weights: Float[Tensor, " feature"], fired: FiredCodes) -> list[list[float]]:
+def top_features(weights: Float[Tensor, " feature"], fired: FiredCodes) -> list[list[int | float]]:
     """The latents of largest |w| with their weights, as [feature, weight] pairs."""
     order = weights.abs().sort(descending=True, stable=True).indices[:SHOWN_FEATURES]
     return [[int(fired.latents[i]), float(weights[i])] for i in order]

@@ -1,0 +1,154 @@
+import math
+
+import pytest
+import torch
+
+from sae_steering_plugin.directions.figures import (
+    chosen_strength,
+    comparison,
+    gram_of,
+    held_out_figures,
+    word_table,
+)
+from sae_steering_plugin.directions.fits import PROBES
+from sae_steering_plugin.directions.heldout import grouped_folds, sample_folds
+from tests.directions.planted import labelled_of, probe_toy
+
+RIDGE = PROBES["ridge"]
+STRENGTHS = (0.1, 1.0, 10.0, 100.0)
+
+
+def figures(X, labels, groups, folds, *, probe=RIDGE, **options):
+    return held_out_figures(
+        gram_of(X, standardize=False),
+        labels,
+        groups,
+        folds,
+        probe,
+        STRENGTHS,
+        center=True,
+        seed=0,
+        **options,
+    )
+
+
+def template_noise():
+    """40 templates of 8 examples with one random label each; codes know the template only."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(40, 64, generator=generator)
+    template_labels = torch.arange(40) % 2
+    rows = torch.arange(40).repeat_interleave(8)
+    X = centres[rows] + 0.5 * torch.randn(320, 64, generator=generator)
+    return X, template_labels[rows], [f"template {i}" for i in rows.tolist()]
+
+
+def test_a_sample_split_leaks_templates_and_a_grouped_split_does_not():
+    X, labels, groups = template_noise()
+    by_group = figures(X, labels, groups, grouped_folds(labels, groups))
+    alone = [f"row {i}" for i in range(len(labels))]
+    by_sample = figures(X, labels, alone, sample_folds(len(labels)))
+    assert by_sample.r2 > 0.5
+    assert by_group.r2 < 0.05
+    labelled = labelled_of(X, labels, groups=groups, texts=groups)
+    both = comparison(
+        labelled,
+        gram_of(X, standardize=False),
+        RIDGE,
+        STRENGTHS,
+        center=True,
+        standardize=False,
+        n_folds=5,
+        permutations=2,
+        seed=0,
+    )
+    assert both["sample_r2"] > 0.5
+    assert both["r2"] < 0.05
+    assert both["text_sample_r2"] > 0.5  # the words name the template, so they leak as well
+    assert both["text_r2"] < 0.05
+
+
+@pytest.mark.parametrize("probe", ["ridge", "logistic", "mean_difference"])
+def test_permuted_labels_explain_nothing_and_true_labels_do(probe):
+    codes, labels, labelled = probe_toy(seed=0, n=200)
+    found = figures(
+        codes.values,
+        labels,
+        labelled.groups,
+        grouped_folds(labels, labelled.groups),
+        probe=PROBES[probe],
+        permutations=20 if probe == "ridge" else 3,
+    )
+    assert found.permuted_r2 <= 0.05
+    assert found.auroc > 0.95
+    assert found.accuracy > 0.85
+    assert found.r2 > 0.3
+
+
+def test_a_fold_of_one_label_is_undefined_and_never_minus_infinity():
+    X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([1, 1, 0, 0, 1, 0])
+    groups = ["a", "a", "b", "b", "c", "c"]
+    found = figures(X, labels, groups, grouped_folds(labels, groups, n_folds=3))
+    undefined = [math.isnan(value) for value in found.folds]
+    assert undefined.count(True) == 2
+    assert math.isfinite(found.r2)
+
+
+def test_the_penalty_is_chosen_without_looking_at_the_held_out_rows():
+    codes, labels, labelled = probe_toy(seed=1, n=120)
+    gram = gram_of(codes.values, standardize=False)
+    rows = torch.arange(90)
+    options = {"center": True, "seed": 0}
+
+    def choose(X_gram, y):
+        return chosen_strength(X_gram, y, labelled.groups, rows, RIDGE, STRENGTHS, **options)
+
+    spoiled = codes.values.clone()
+    spoiled[90:] = 1e3
+    flipped = labels.clone()
+    flipped[90:] = 1 - flipped[90:]
+    assert choose(gram, labels) == choose(gram_of(spoiled, standardize=False), flipped)
+
+
+def test_a_stronger_penalty_is_chosen_for_noisier_codes():
+    codes, labels, labelled = probe_toy(seed=2, n=100)
+    noisy = codes.values + 3 * torch.randn(
+        codes.values.shape, generator=torch.Generator().manual_seed(0)
+    )
+    rows = torch.arange(100)
+    quiet, loud = (
+        chosen_strength(
+            gram_of(X, standardize=False),
+            labels,
+            labelled.groups,
+            rows,
+            RIDGE,
+            (0.01, 1.0, 1e4),
+            center=True,
+            seed=0,
+        )
+        for X in (codes.values, noisy)
+    )
+    assert quiet < loud
+
+
+def test_with_one_group_the_middle_penalty_is_taken():
+    labels = torch.tensor([0, 1, 0, 1])
+    gram = gram_of(torch.randn(4, 2), standardize=False)
+    options = {"center": True, "seed": 0}
+    rows = torch.arange(4)
+    assert chosen_strength(gram, labels, ["a"] * 4, rows, RIDGE, STRENGTHS, **options) == 10.0
+
+
+def test_standardisation_looks_at_training_rows_only():
+    X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    train = torch.arange(15)
+    spoiled = X.clone()
+    spoiled[15:] *= 100
+    one, two = gram_of(X, standardize=True)(train), gram_of(spoiled, standardize=True)(train)
+    assert torch.allclose(one[:15, :15], two[:15, :15])
+
+
+def test_words_are_marked_present_or_absent_in_lower_case():
+    table = word_table(["The cat; the (A)", "a dog"])  # columns: a, cat, dog, the
+    assert table.tolist() == [[1, 1, 0, 1], [1, 0, 1, 0]]
