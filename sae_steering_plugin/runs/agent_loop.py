@@ -165,8 +165,8 @@ class Loop:
     ) -> None:
         """Run every conversation to its end, in place; `finished(k)` is told how many have ended.
 
-        An exception that belongs to one conversation ends that one. When every conversation of the
-        first round fails, the first exception is raised: the set-up is wrong then, not the model.
+        An exception that belongs to one conversation ends that one. When every conversation of some
+        arm fails in the first round, its exception is raised: then the arm is set up wrongly.
         Raises ValueError when an edit reached no token in the whole run.
         """
         for turn in range(max_turns):
@@ -175,15 +175,15 @@ class Loop:
                 break
             last = turn + 1 == max_turns
             failures = self.round(live, last=last, finished=finished)
-            if turn == 0 and len(failures) == len(live):
-                raise failures[0]
+            if turn == 0:
+                raise_when_an_arm_failed(live, failures)
         if idle := [place for place, tokens in self.steered.items() if not tokens]:
             raise ValueError(f"the edit at {idle[0]} reached no token in the whole run")
 
     def round(
         self, live: Sequence[Conversation], *, last: bool, finished: Callable[[int], Any]
-    ) -> list[Exception]:
-        """One turn of every live conversation; what went wrong in those that ended by it."""
+    ) -> dict[int, Exception]:
+        """One turn of every live conversation; what went wrong, by the conversation's `id()`."""
         control = frozenset(self.tokenizer.all_special_tokens)
         prompts, failures = self.encoded(live)
         finished(len(failures))
@@ -191,7 +191,7 @@ class Loop:
             for (conversation, _), new in zip(batch, self.answers(batch), strict=True):
                 if isinstance(new, Exception):
                     conversation.fail(new)
-                    failures.append(new)
+                    failures[id(conversation)] = new
                     continue
                 stops = self.sampling.stop_ids
                 ended = len(new) < self.sampling.max_new_tokens or int(new[-1]) in stops
@@ -204,11 +204,11 @@ class Loop:
             finished(sum(conversation.finished for conversation, _ in batch))
         return failures
 
-    def encoded(self, live: Sequence[Conversation]) -> tuple[list[Prompt], list[Exception]]:
+    def encoded(self, live: Sequence[Conversation]) -> tuple[list[Prompt], dict[int, Exception]]:
         """The prompts of the conversations that can go on; the others end with their exception."""
         room = self.n_ctx - self.sampling.max_new_tokens
         prompts: list[Prompt] = []
-        failures: list[Exception] = []
+        failures: dict[int, Exception] = {}
         for conversation in live:
             try:
                 text = self.render(conversation.messages, conversation.schemas)
@@ -221,7 +221,7 @@ class Loop:
                     )
             except Exception as error:  # belongs to this conversation alone
                 conversation.fail(error)
-                failures.append(error)
+                failures[id(conversation)] = error
             else:
                 prompts.append((conversation, ids))
         return prompts, failures
@@ -258,6 +258,16 @@ class Loop:
         for done in generation.record.edits if generation.record is not None else ():
             self.steered[f"{done.site}, positions {done.edit.positions}"] += done.tokens
         return generation.new_tokens
+
+
+def raise_when_an_arm_failed(
+    live: Sequence[Conversation], failures: Mapping[int, Exception]
+) -> None:
+    """Raise the exception of the first arm in which nothing went well."""
+    going = {one.arm for one in live if id(one) not in failures}
+    for one in live:
+        if one.arm not in going:
+            raise failures[id(one)]
 
 
 def batches(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:

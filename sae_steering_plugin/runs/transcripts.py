@@ -7,6 +7,7 @@ with calls `tool_calls`, for a tool's answer `name`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -143,7 +144,9 @@ class Rollouts:
     def table(self) -> pd.DataFrame:
         """One row per rollout: arm, scenario, domain, the proxies, counts, validity, errors.
 
-        `asks` counts `ask_user` calls, `n_calls` all calls.
+        `asks` counts `ask_user` calls, `n_calls` all calls. A rollout that an exception ended
+        before its first turn has no behaviour: its proxies are NaN, and a comparison counts it as
+        missing.
         """
         import pandas as pd
 
@@ -152,7 +155,7 @@ class Rollouts:
                 "arm": one.arm,
                 "scenario": one.scenario,
                 "domain": one.domain,
-                **{name: proxy(one) for name, proxy in PROXIES.items()},
+                **{name: proxy(one) if one.turns else math.nan for name, proxy in PROXIES.items()},
                 "turns": one.turns,
                 "n_calls": len(one.calls),
                 "asks": sum(name == "ask_user" for name in one.calls),

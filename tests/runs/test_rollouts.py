@@ -1,12 +1,14 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import sae_steering_plugin
 from sae_steering_plugin.edits.shift import Add
 from sae_steering_plugin.effects import cohens_d
 from sae_steering_plugin.effects.contrast import mann_whitney
@@ -187,6 +189,28 @@ def test_a_failure_of_everything_at_once_is_raised():
         scripted(Script(answer), [scenario("a"), scenario("b")])
     with pytest.raises(ValueError, match="does not fit the 6 that max_new_tokens=4090"):
         scripted(Script(str), [scenario("a")], max_new_tokens=4090)
+
+
+def test_an_arm_that_cannot_run_is_raised_though_the_others_can(bridge):
+    wrong = Edit(Add(torch.ones(D_MODEL + 1)), SITE)
+    with pytest.raises(ValueError, match="built for another model or site"):
+        host_run(bridge, host_scenarios(3), arms=[Arm("base"), Arm("wrong", (wrong,))])
+
+
+def test_a_rollout_without_a_turn_has_no_outcome():
+    def answer(prompt: str) -> str:
+        if "bad" in prompt:
+            raise RuntimeError("boom")
+        return "done"
+
+    rollouts = scripted(
+        Script(answer), [scenario(f"s{i}", "bad" if i == 2 else "go") for i in range(5)]
+    )
+    table = rollouts.table().set_index("scenario")
+    assert table.loc["s2", ["autonomy", "risk"]].isna().all()
+    with pytest.warns(UserWarning, match="1 of 5 items lack 'tool_use' .*: s2"):
+        one = compare(rollouts, rollouts, outcome="tool_use")
+    assert (one.n, one.n_missing, one.valid_rate) == (4, 1, 0.8)
 
 
 def test_a_conversation_that_outgrows_the_context_is_recorded():
@@ -372,10 +396,9 @@ def test_an_edit_that_reaches_no_token_is_raised(bridge):
 
 @pytest.fixture(scope="module")
 def organism() -> Any:
-    organisms = pytest.importorskip("sae_steering_plugin.organisms")
-    if "agent-gpt2" not in organisms.list_organisms():
-        pytest.skip("the organism agent-gpt2 is not built")
-    return organisms.load_organism("agent-gpt2")
+    if not (Path(sae_steering_plugin.__file__).parent / "organisms/data/agent-gpt2").is_dir():
+        pytest.skip("the organism agent-gpt2 is not in this checkout")
+    return sae_steering_plugin.load_organism("agent-gpt2")
 
 
 def test_the_organism_writes_valid_calls_and_asks_sometimes(organism):
