@@ -55,8 +55,8 @@ def test_every_local_file_it_links_to_exists():
         assert target.startswith("https://") or (ROOT / target).is_file(), target
 
 
-def test_the_ten_lines_run_as_printed(tmp_path):
-    (example,) = blocks(section("Ten lines"), "python")
+def test_the_notebook_example_runs_as_printed(tmp_path):
+    (example,) = blocks(section("In a notebook"), "python")
     done = subprocess.run(
         [sys.executable, "-c", example],
         capture_output=True,
