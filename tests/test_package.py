@@ -192,18 +192,23 @@ def test_a_steering_dictionary_loads_when_the_plugin_comes_last(stored):
     assert run(code, folder=stored).split() == ["'steering'", "SteeringDictionary"]
 
 
-def test_the_finder_is_used_once_and_leaves_the_hosts_loader_as_it_was():
-    print_state = (
-        "import sys\n"
+def test_the_finder_is_used_once_and_leaves_the_hosts_loader_as_it_was(tmp_path):
+    """A stand-in for the host, and for the adapter that its import is followed by."""
+    (tmp_path / "sae_lens.py").write_text("import sys\nseen = 'adapter' in sys.modules\n")
+    (tmp_path / "adapter.py").write_text("")
+    state = (
+        "import sys, importlib\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
         "def ours():\n    return [f for f in sys.meta_path if 'Register' in type(f).__name__]\n"
-        "import sae_steering_plugin, importlib\n"
+        "import sae_steering_plugin\n"
         "importlib.reload(sae_steering_plugin)\n"
+        "sae_steering_plugin._SAE_ADAPTER = 'adapter'\n"
         "first = len(ours())\n"
         "import sae_lens\n"
         "print(first, len(ours()), type(sae_lens.__loader__).__name__, "
-        "type(sae_lens.__spec__.loader).__name__, sae_lens.__file__ is not None)"
+        "type(sae_lens.__spec__.loader).__name__, sae_lens.seen, 'adapter' in sys.modules)"
     )
-    assert run(print_state) == "1 0 SourceFileLoader SourceFileLoader True"
+    assert run(state) == "1 0 SourceFileLoader SourceFileLoader False True"
 
 
 def test_a_machine_without_the_host_gets_the_ordinary_error():
