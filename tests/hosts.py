@@ -100,6 +100,41 @@ def tiny_hf(*, n_ctx: int = 64, seed: int = 0) -> Any:
         return GPT2LMHeadModel(config).eval()
 
 
+def tiny_qwen_moe(*, n_ctx: int = 64, seed: int = 0) -> Any:
+    """An SAETransformerBridge around a random Qwen3.5-MoE: three GatedDeltaNet layers, one attention."""
+    from sae_lens import SAETransformerBridge
+    from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = Qwen3_5MoeTextConfig(
+            vocab_size=len(tiny_tokenizer()),
+            hidden_size=D_MODEL,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            linear_num_value_heads=2,
+            linear_num_key_heads=1,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=n_ctx,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            initializer_range=0.3,
+        )
+        model = Qwen3_5MoeForCausalLM(config).eval()
+    model.config.architectures = ["Qwen3_5MoeForCausalLM"]
+    return SAETransformerBridge.boot_transformers(
+        "tiny-qwen-moe", hf_model=model, tokenizer=tiny_tokenizer(), device="cpu"
+    )
+
+
 def tiny_sae(
     architecture: str = "standard", *, d_sae: int = 32, seed: int = 0, **options: Any
 ) -> Any:

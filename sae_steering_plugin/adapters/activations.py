@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from sae_steering_plugin.adapters.sae_parts import site_names
 from sae_steering_plugin.adapters.transformer_lens import (
     bos_token,
-    is_bridge,
     pad_token,
     refuse_compiled,
     resolve,
@@ -188,12 +187,10 @@ def activations_at(
 
     device = next(model.parameters()).device
     handle = site.point.register_forward_hook(read)
-    options: dict[str, Any] = {"attention_mask": batch.real.long().to(device)}
-    if is_bridge(model):
-        options["use_cache"] = False
+    mask = batch.real.long().to(device)
     try:
         with torch.no_grad():
-            model(batch.tokens.to(device), return_type=None, **options)
+            model(batch.tokens.to(device), return_type=None, attention_mask=mask)
     except _Reached:
         pass
     finally:

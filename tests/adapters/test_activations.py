@@ -15,7 +15,16 @@ from sae_steering_plugin.adapters.activations import (
     padded,
     read_site,
 )
-from tests.hosts import CORPUS, D_MODEL, SITE, tiny_bridge, tiny_hf, tiny_sae, tiny_tokenizer
+from tests.hosts import (
+    CORPUS,
+    D_MODEL,
+    SITE,
+    tiny_bridge,
+    tiny_hf,
+    tiny_qwen_moe,
+    tiny_sae,
+    tiny_tokenizer,
+)
 
 TEXTS = ("the cat", "the cat sat on the mat", "a dog ran in the park and the cat sat still")
 
@@ -186,6 +195,17 @@ def test_padded_batches_give_what_each_text_gives_alone(host, side, hook_name):
     for row, text in enumerate(TEXTS):
         expected = alone(host, text, hook_name)
         assert torch.allclose(found[row, batch.real[row]], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_recurrent_layers_do_not_read_padding(side):
+    host = tiny_qwen_moe()
+    batch = padded(host, encode_texts(host, TEXTS, prepend_bos=True), side=side)
+    for hook_name in ("blocks.2.hook_resid_post", "blocks.3.hook_resid_post"):
+        found = activations_at(host, hook_name, batch)
+        for row, text in enumerate(TEXTS):
+            expected = alone(host, text, hook_name)
+            assert torch.allclose(found[row, batch.real[row]], expected, atol=1e-4)
 
 
 def test_later_layers_are_not_computed_and_nothing_is_left_behind(host):
