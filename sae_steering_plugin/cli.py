@@ -1,0 +1,347 @@
+"""The command `sae-steer`: thin callers of the package's own names.
+
+Nothing heavy is imported before a command runs, so `--help` answers at once. A mistake of the
+caller is one line on standard error and exit code 2; `--debug` shows where it came from.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from sae_steering_plugin import __version__
+
+if TYPE_CHECKING:
+    from sae_steering_plugin.types import Unit
+
+app = typer.Typer(
+    name="sae-steer",
+    help="Steer language models with SAE features: build vectors, apply them, prove what they do.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="Organism name, local folder, or a name on the hub.")
+]
+SAEOption = Annotated[
+    str | None,
+    typer.Option("--sae", help="An organism's SAE name, a local folder, or release:sae_id."),
+]
+DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:0, mps.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ContrastOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSONL/CSV with positive, negative[, group]; CAA JSON; evals or trait JSONL."
+    ),
+]
+FormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "--format", help="pairs, caa, evals, statements, persona or traits; found if not given."
+    ),
+]
+ForceOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-unbalanced-letters", help="Take question sets that favour one answer letter."
+    ),
+]
+
+
+def shown_version(value: bool) -> None:
+    if value:
+        typer.echo(f"sae-steering-plugin {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=shown_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@contextmanager
+def one_line_errors(debug: bool) -> Iterator[None]:
+    """Turn what a caller can cause into one line and exit code 2; with `debug` let it through."""
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, OSError, TypeError, NotImplementedError) as error:
+        if debug:
+            raise
+        words = error.args[0] if isinstance(error, KeyError) and error.args else error
+        typer.echo("error: " + " ".join(str(words).split()), err=True)
+        raise typer.Exit(2) from None
+
+
+def quiet_hosts() -> None:
+    """Keep the hosts' notices about themselves off a table that a person reads."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="\\nThis SAE has non-empty model_from_pretrained")
+    logging.getLogger("transformer_lens").setLevel(logging.ERROR)
+
+
+def chosen_site(subject: Any, layer: int | None, hook_name: str | None) -> Any:
+    """The hook name that was asked for, else the SAE's own site."""
+    if layer is not None and hook_name is not None:
+        raise ValueError("--layer and --hook-name are two ways to say one thing: give one")
+    if layer is not None:
+        return f"blocks.{layer}.hook_resid_post"
+    if hook_name is not None:
+        return hook_name
+    if subject.sae is None:
+        raise ValueError("where to read? pass --sae, --layer or --hook-name")
+    return subject.sae
+
+
+@app.command(
+    epilog="\b\nExample:\n  sae-steer demo --out sae-steer-demo",
+)
+def demo(
+    model: ModelOption = "agent-gpt2",
+    sae: SAEOption = None,
+    contrast: ContrastOption = None,
+    trait: Annotated[str, typer.Option(help="Trait of the organism's world.")] = "autonomy",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    seed: SeedOption = 0,
+    out: Annotated[Path, typer.Option(help="Folder for report, tables and vectors.")] = Path(
+        "sae-steer-demo"
+    ),
+    items: Annotated[int, typer.Option(min=8, help="Held-out test items.")] = 200,
+    allow_unbalanced_letters: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """The main job: vectors of one trait in several ways, dose-response with controls, a report.
+
+    Without --contrast the model is an organism and the evidence is agent rollouts. With it, any
+    model is judged by next-token probabilities on held-out pairs of the file.
+    """
+    with one_line_errors(debug):
+        quiet_hosts()
+        from dataclasses import replace
+
+        from sae_steering_plugin.report import effect_rows, headline, write_report
+        from sae_steering_plugin.runs.demo import Budget, run_demo
+
+        fewer = min(items, Budget().control_items)
+        budget = replace(Budget(), test=items, control_items=fewer, curve_items=fewer)
+        found = run_demo(
+            model=model,
+            sae=sae,
+            contrast=contrast,
+            trait=trait,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            budget=budget,
+            allow_unbalanced_letters=allow_unbalanced_letters,
+        )
+        written = [write_report(found, out), *found.save(out)]
+        shown(
+            effect_rows(found.headline),
+            f"{found.trait} in {found.model}: all methods at the same displacement",
+        )
+        shown(effect_rows(found.curve), "decoded probe: strengths and positions")
+        typer.echo(headline(found))
+        for note in found.notes:
+            typer.echo(f"note: {note}")
+        typer.echo(f"{found.seconds:.0f} s. Wrote {', '.join(str(path) for path in written)}")
+
+
+@app.command(
+    epilog="\b\nExample:\n  sae-steer build --trait autonomy --method sas --out autonomy-sas",
+)
+def build(
+    model: ModelOption = "agent-gpt2",
+    sae: SAEOption = None,
+    contrast: ContrastOption = None,
+    trait: Annotated[
+        str | None, typer.Option(help="Instead of --contrast: a trait of the organism's world.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="probe, sas, feature, diff_mean, caa or pca.")
+    ] = "probe",
+    layer: Annotated[int | None, typer.Option(help="Read blocks.LAYER.hook_resid_post.")] = None,
+    hook_name: Annotated[str | None, typer.Option(help="Read this hook point.")] = None,
+    feature: Annotated[int | None, typer.Option(help="With --method feature: which one.")] = None,
+    tau: Annotated[float, typer.Option(help="With --method sas: activation frequency.")] = 0.7,
+    label: Annotated[str, typer.Option(help="Name of the vector in the folder.")] = "",
+    format: FormatOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    seed: SeedOption = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the SAELens dictionary.")] = Path(
+        "sae-steer-vectors"
+    ),
+    allow_unbalanced_letters: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Build a vector from contrasting texts and save it as an SAELens folder."""
+    with one_line_errors(debug):
+        quiet_hosts()
+        if (contrast is None) == (trait is None):
+            raise ValueError("what to build from? pass either --contrast FILE or --trait NAME")
+        from sae_steering_plugin.runs.construction import check_method, construct, scores_of
+        from sae_steering_plugin.runs.contrast_files import read_contrast_file
+
+        check_method(method, has_sae=True)
+        file = None
+        if contrast is not None:
+            file = read_contrast_file(
+                contrast, format=format, allow_unbalanced_letters=allow_unbalanced_letters
+            )
+        from sae_steering_plugin.adapters.sae_lens import SteeringDictionary
+        from sae_steering_plugin.runs.collect import collect_contrast
+        from sae_steering_plugin.runs.subject import open_subject, world_contrast
+
+        subject = open_subject(model, sae, device=device, dtype=dtype)
+        check_method(method, has_sae=subject.sae is not None)
+        if file is not None:
+            pairs = file.contrast(subject.render if file.chat else None)
+        else:
+            pairs = world_contrast(subject, str(trait), 400, seed=seed)
+        labelled = collect_contrast(subject.model, pairs, chosen_site(subject, layer, hook_name))
+        vector = construct(
+            method,
+            labelled,
+            subject.sae,
+            label=label or f"{pairs.name} {method}",
+            seed=seed,
+            feature=feature,
+            tau=tau,
+            allow_unbalanced_letters=allow_unbalanced_letters,
+        )
+        SteeringDictionary.from_vectors([vector]).save_model(out)
+        if file is not None and file.answers:
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in file.answers.items())
+            typer.echo(f"matching answers: {shares}")
+        table = scores_of(vector, labelled, seed=seed)
+        typer.echo(str(table) if table else "one group of examples: nothing could be held out")
+        own = {k: v for k, v in vector.recipe.scores.items() if k in ("auroc", "accuracy")}
+        figures = ", ".join(f"{k} {v:.3f}" for k, v in own.items() if v is not None)
+        norm = vector.recipe.mean_norm
+        typer.echo(
+            f"{vector.label!r}: {method} at {vector.hook_name}, length {vector.norm:.4g}"
+            + (f" (mean residual norm {norm:.4g})" if norm else "")
+            + (f"; held out by group: {figures}" if figures else "")
+        )
+        typer.echo(f"saved to {out}")
+
+
+@app.command(
+    epilog="\b\nExample:\n  sae-steer build --trait autonomy --out autonomy\n"
+    '  sae-steer generate --vectors autonomy --prompt "Update notes.md." --strength 0.5',
+)
+def generate(
+    vectors: Annotated[Path, typer.Option(help="Folder written by build or save_model.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given again.")],
+    strength: Annotated[float, typer.Option(help="How much of the vector, in --unit.")] = 1.0,
+    unit: Annotated[str, typer.Option(help="raw, unit, norm, max_activation or kl.")] = "norm",
+    positions: Annotated[
+        str, typer.Option(help="all, prefill, decode, last or after_prompt.")
+    ] = "all",
+    label: Annotated[str | None, typer.Option(help="Which vector of the folder.")] = None,
+    system: Annotated[
+        str, typer.Option(help="System prompt, for models with a chat template.")
+    ] = "",
+    raw: Annotated[bool, typer.Option("--raw", help="Do not use the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    model: ModelOption = "agent-gpt2",
+    sae: SAEOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    seed: SeedOption = 0,
+    out: Annotated[Path | None, typer.Option(help="Also write the texts here, as JSON.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Continue prompts unsteered and steered, side by side, with the record of what was changed."""
+    with one_line_errors(debug):
+        quiet_hosts()
+        from sae_steering_plugin.types import named_positions
+
+        rule = named_positions(positions)
+        from sae_steering_plugin.runs.continuation import continued, load_vector
+
+        vector = load_vector(vectors, label)
+        scale = cast("Unit", unit)
+        vector.displacement(strength, scale)  # an impossible unit stops here, before the model
+        from sae_steering_plugin.runs.subject import open_subject
+
+        subject = open_subject(model, sae, device=device, dtype=dtype)
+        found = continued(
+            subject,
+            vector,
+            prompt,
+            strength=strength,
+            unit=scale,
+            positions=rule,
+            system=system,
+            raw=raw,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+        side_by_side(found.rows())
+        typer.echo(str(found.record))
+        if out is not None:
+            found.save(out)
+            typer.echo(f"saved to {out}")
+
+
+def shown(rows: list[dict[str, Any]], title: str) -> None:
+    """Print rows as a table, as wide as it needs to be."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in rows[0] if rows else ():
+        table.add_column(name, justify="left" if name in ("method", "positions") else "right")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    width = None if sys.stdout.isatty() else 140
+    Console(width=width, markup=False, highlight=False).print(table)
+
+
+def side_by_side(rows: list[tuple[str, str, str]]) -> None:
+    """Print prompt, unsteered and steered text in columns."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_lines=True)
+    for name in ("prompt", "unsteered", "steered"):
+        table.add_column(name, ratio=1, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 140, markup=False).print(table)
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
