@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_steering_plugin.directions.fits import Probe, deviations
+from sae_steering_plugin.directions.fits import Inputs, Probe, deviations
 from sae_steering_plugin.directions.heldout import (
     Fold,
     auroc,
@@ -23,8 +23,8 @@ from sae_steering_plugin.directions.heldout import (
 )
 from sae_steering_plugin.types import Labelled
 
-Gram = Callable[[Tensor], Float[Tensor, "example example"]]
-"""Inner products of all examples, given the rows that standardisation may look at."""
+Design = Callable[[Tensor], Inputs]
+"""What a probe reads, given the rows that standardisation may look at."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class Figures:
 
 
 def chosen_strength(
-    gram: Gram,
+    design: Design,
     labels: Int[Tensor, " example"],
     groups: Sequence[str],
     rows: Tensor,
@@ -71,9 +71,9 @@ def chosen_strength(
         fit, held = rows[train], rows[test]
         if len(labels[fit].unique()) < 2:
             continue
-        K = gram(fit)
+        inputs = design(fit)
         for a in strengths:
-            guess = probe.predictions(K, Y, fit, held, a, center=center)[:, 0]
+            guess = probe.predictions(inputs, Y, fit, held, a, center=center)[:, 0]
             results[a].append(r2(Y[held, 0], guess))
     score = {a: mean_defined(values) for a, values in results.items()}
     defined = [a for a in strengths if score[a] == score[a]]
@@ -83,7 +83,7 @@ def chosen_strength(
 
 
 def held_out_figures(
-    gram: Gram,
+    design: Design,
     labels: Int[Tensor, " example"],
     groups: Sequence[str],
     folds: Sequence[Fold],
@@ -108,8 +108,10 @@ def held_out_figures(
         if len(labels[train].unique()) < 2:
             scores.append(float("nan"))
             continue
-        a = chosen_strength(gram, labels, groups, train, probe, strengths, center=center, seed=seed)
-        guess = probe.predictions(gram(train), Y, train, test, a, center=center)
+        a = chosen_strength(
+            design, labels, groups, train, probe, strengths, center=center, seed=seed
+        )
+        guess = probe.predictions(design(train), Y, train, test, a, center=center)
         chosen.append(a)
         scores.append(r2(Y[test, 0], guess[:, 0]))
         areas.append(auroc(guess[:, 0], labels[test]))
@@ -125,18 +127,13 @@ def held_out_figures(
     )
 
 
-def gram_of(X: Float[Tensor, "example feature"], *, standardize: bool) -> Gram:
-    """Inner products of the rows of `X`, each feature over its training deviation if asked for."""
-    design = X.double()
+def design_of(X: Float[Tensor, "example feature"], *, standardize: bool) -> Design:
+    """The rows of `X` as probes read them, each feature over its training deviation if asked
+    for."""
+    whole = Inputs.of(X)
     if not standardize:
-        whole = design @ design.T
         return lambda _: whole
-
-    def scaled(rows: Tensor) -> Tensor:
-        part = design / deviations(design[rows])
-        return part @ part.T
-
-    return scaled
+    return lambda rows: whole.over(deviations(whole.X[rows]))
 
 
 def word_table(texts: Sequence[str]) -> Float[Tensor, "example word"]:
@@ -151,7 +148,7 @@ def word_table(texts: Sequence[str]) -> Float[Tensor, "example word"]:
 
 def comparison(
     labelled: Labelled,
-    gram: Gram,
+    design: Design,
     probe: Probe,
     strengths: Sequence[float],
     *,
@@ -171,10 +168,12 @@ def comparison(
         held_out_figures, labels=labels, probe=probe, strengths=strengths, center=center, seed=seed
     )
     out: dict[str, Any] = {}
-    words = gram_of(word_table(labelled.texts), standardize=False) if any(labelled.texts) else None
-    raw = gram_of(labelled.activations, standardize=standardize)
+    words = (
+        design_of(word_table(labelled.texts), standardize=False) if any(labelled.texts) else None
+    )
+    raw = design_of(labelled.activations, standardize=standardize)
     for prefix, of_input, count in (
-        ("", gram, permutations),
+        ("", design, permutations),
         ("text_", words, 0),
         ("raw_", raw, 0),
     ):

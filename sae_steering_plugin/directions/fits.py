@@ -1,14 +1,15 @@
-"""Linear read-outs: weights from a design matrix, and the same fit's predictions in example space.
+"""Linear read-outs: weights from a design matrix, and the same fit's predictions on held-out rows.
 
-The second form needs inner products only: its cost grows with the number of examples and not with
-the width of the dictionary, and permuted labels share one factorisation as further columns.
+Predictions work with whichever is smaller, features or inner products of examples, so their cost
+does not grow with the width of the dictionary; permuted labels share one factorisation as further
+columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -46,7 +47,10 @@ def logistic_weights(
 ) -> Float[Tensor, " feature"]:
     """L2-penalised logistic regression, penalty a/2 ||w||^2 beside the summed loss;
     scikit-learn."""
-    return torch.as_tensor(_logistic(X, labels, a).coef_[0])
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=1 / a, max_iter=5000, tol=1e-6)
+    return torch.as_tensor(model.fit(X.double().numpy(), labels.numpy()).coef_[0])
 
 
 def mean_difference_weights(
@@ -59,15 +63,30 @@ def mean_difference_weights(
     return design[labels == 1].mean(0) - design[labels == 0].mean(0)
 
 
-def _logistic(X: Tensor, labels: Tensor, a: float) -> Any:
-    from sklearn.linear_model import LogisticRegression
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Rows a probe reads, in float64, with their inner products where those are the smaller
+    table."""
 
-    model = LogisticRegression(C=1 / a, max_iter=2000, tol=1e-6)
-    return model.fit(X.double().numpy(), labels.numpy())
+    X: Float[Tensor, "example feature"]
+    gram: Float[Tensor, "example example"] | None
+
+    @classmethod
+    def of(cls, X: Float[Tensor, "example feature"]) -> Inputs:
+        rows = X.double()
+        return cls(rows, rows @ rows.T if rows.shape[1] > rows.shape[0] else None)
+
+    def products(self) -> Float[Tensor, "example example"]:
+        """Inner products of all pairs of rows."""
+        return self.X @ self.X.T if self.gram is None else self.gram
+
+    def over(self, scale: Float[Tensor, " feature"]) -> Inputs:
+        """The same rows with every feature divided by `scale`."""
+        return Inputs.of(self.X / scale)
 
 
 def ridge_predictions(
-    K: Float[Tensor, "example example"],
+    inputs: Inputs,
     Y: Float[Tensor, "example column"],
     train: Tensor,
     test: Tensor,
@@ -75,17 +94,26 @@ def ridge_predictions(
     *,
     center: bool,
 ) -> Float[Tensor, "test column"]:
-    """Ridge predictions on `test` for every label column, fitted on `train`, from inner
-    products."""
-    inner, cross = _blocks(K, train, test, center=center)
+    """Ridge predictions on `test` for every label column, fitted on `train`, by the smaller
+    form."""
     target = Y[train] - Y[train].mean(0)
-    penalised = inner + a * torch.eye(len(train), dtype=K.dtype)
-    weights = torch.cholesky_solve(target, torch.linalg.cholesky(penalised))
-    return cross @ weights + Y[train].mean(0)
+    if inputs.gram is not None:
+        inner, cross = _blocks(inputs.gram, train, test, center=center)
+        return cross @ _penalised(inner, a, target) + Y[train].mean(0)
+    fit, held = inputs.X[train], inputs.X[test]
+    if center:
+        fit, held = fit - fit.mean(0), held - fit.mean(0)
+    return held @ _penalised(fit.T @ fit, a, fit.T @ target) + Y[train].mean(0)
+
+
+def _penalised(gram: Tensor, a: float, target: Tensor) -> Tensor:
+    """(gram + a I)^-1 target."""
+    factor = torch.linalg.cholesky(gram + a * torch.eye(len(gram), dtype=gram.dtype))
+    return torch.cholesky_solve(target, factor)
 
 
 def logistic_predictions(
-    K: Float[Tensor, "example example"],
+    inputs: Inputs,
     Y: Float[Tensor, "example column"],
     train: Tensor,
     test: Tensor,
@@ -96,27 +124,65 @@ def logistic_predictions(
     """Predicted probabilities on `test`, column by column; NaN for a column with one label in
     `train`.
 
-    The penalised solution lies in the span of the examples, so fitting in coordinates that keep all
-    inner products gives the same predictions as fitting on the codes.
+    The same fit as scikit-learn's, found in example space by `dual_logistic`.
     """
-    rows = torch.cat([train, test])
-    inner, cross = _blocks(K, train, rows, center=center)
-    del inner
-    size = len(train)
-    jitter = 1e-10 * float(cross[:size].diagonal().mean()) + 1e-30
-    factor = torch.linalg.cholesky(cross[:size] + jitter * torch.eye(size, dtype=K.dtype))
-    placed = torch.linalg.solve_triangular(factor, cross[size:].T, upper=False).T
-    out = torch.full((len(test), Y.shape[1]), float("nan"), dtype=K.dtype)
+    inner, cross = _blocks(inputs.products(), train, test, center=center)
+    out = torch.full((len(test), Y.shape[1]), float("nan"), dtype=torch.float64)
     for column in range(Y.shape[1]):
-        labels = Y[train, column].long()
-        if len(labels.unique()) == 2:
-            model = _logistic(factor, labels, a)
-            out[:, column] = torch.as_tensor(model.predict_proba(placed.numpy())[:, 1])
+        y = Y[train, column]
+        if 0 < float(y.sum()) < len(y):
+            alpha, intercept = dual_logistic(inner, y, a)
+            out[:, column] = torch.sigmoid(cross @ alpha + intercept)
     return out
 
 
+def dual_logistic(
+    K: Float[Tensor, "train train"],
+    y: Float[Tensor, " train"],
+    a: float,
+    *,
+    steps: int = 100,
+    tolerance: float = 1e-7,
+) -> tuple[Float[Tensor, " train"], Tensor]:
+    """Example weights and intercept that minimise sum log(1 + exp(-s f)) + a/2 alpha'K alpha.
+
+    Here f = K alpha + b and s = +-1: L2-penalised logistic regression with a free intercept,
+    written in the span of the examples. Newton's method: each step solves (K + a/W) alpha + b = z
+    with sum(alpha) = 0, where W = p (1 - p) and z = f + (y - p) / W, and is halved while the
+    objective grows.
+    """
+    alpha, b = torch.zeros_like(y), torch.logit(y.mean())
+    ones, best = torch.ones_like(y), float("inf")
+
+    def objective(alpha: Tensor, b: Tensor) -> float:
+        along = K @ alpha
+        loss = torch.nn.functional.softplus((1 - 2 * y) * (along + b)).sum()
+        return float(loss + a / 2 * alpha @ along)
+
+    best = objective(alpha, b)
+    for _ in range(steps):
+        f = K @ alpha + b
+        p = torch.sigmoid(f)
+        W = (p * (1 - p)).clamp_min(1e-9)
+        factor = torch.linalg.cholesky(K + torch.diag(a / W))
+        solved = torch.cholesky_solve(torch.stack([f + (y - p) / W, ones], dim=1), factor)
+        new_b = solved[:, 0].sum() / solved[:, 1].sum()
+        toward = solved[:, 0] - new_b * solved[:, 1] - alpha
+        size = 1.0
+        value = objective(alpha + toward, new_b)
+        while value > best and size > 1e-4:
+            size /= 2
+            value = objective(alpha + size * toward, b + size * (new_b - b))
+        if value > best:
+            break
+        alpha, b, gain, best = alpha + size * toward, b + size * (new_b - b), best - value, value
+        if gain <= tolerance * (1 + abs(best)):
+            break
+    return alpha, b
+
+
 def mean_difference_predictions(
-    K: Float[Tensor, "example example"],
+    inputs: Inputs,
     Y: Float[Tensor, "example column"],
     train: Tensor,
     test: Tensor,
@@ -125,12 +191,12 @@ def mean_difference_predictions(
     center: bool,  # noqa: ARG001
 ) -> Float[Tensor, "test column"]:
     """Projection on the mean difference, scaled so that the class means lie at 0 and 1."""
-    y = Y[train]
-    weight = y / y.sum(0) - (1 - y) / (1 - y).sum(0)
-    along = K[train][:, train] @ weight
+    y, X = Y[train], inputs.X
+    weight = X[train].T @ (y / y.sum(0) - (1 - y) / (1 - y).sum(0))
+    along = X[train] @ weight
     zero = (along * (1 - y)).sum(0) / (1 - y).sum(0)
     one = (along * y).sum(0) / y.sum(0)
-    return (K[test][:, train] @ weight - zero) / (one - zero)
+    return (X[test] @ weight - zero) / (one - zero)
 
 
 def _blocks(K: Tensor, train: Tensor, test: Tensor, *, center: bool) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,7 @@
 
 Source: arXiv 2603.16335. Codes and rows are put in the unit-row convention first (`f_j * ||W_j||`
 and `W_j / ||W_j||`), because rescaling a latent and its row leaves the dictionary unchanged and
-would change `w @ W_dec`. Held-out figures are computed in example space from Gram matrices, so that
-their cost grows with the number of examples and not with the width of the dictionary.
+would change `w @ W_dec`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_steering_plugin.directions.codes import FiredCodes, codes_or_encoded
-from sae_steering_plugin.directions.figures import Gram, chosen_strength, comparison, gram_of
+from sae_steering_plugin.directions.figures import Design, chosen_strength, comparison, design_of
 from sae_steering_plugin.directions.fits import (
     PROBES,
     Probe,
@@ -110,11 +109,11 @@ def probe_vector(
     if replication:
         way, center, standardize = PROBES["ridge"], False, False
         strengths, seed = REPLICATION_STRENGTHS, REPLICATION_SEED
-    design, rows = unit_row_design(fired, unit_rows=unit_rows)
-    gram = gram_of(design, standardize=standardize)
+    X, rows = unit_row_design(fired, unit_rows=unit_rows)
+    design = design_of(X, standardize=standardize)
     scores = comparison(
         labelled,
-        gram,
+        design,
         way,
         strengths,
         center=center,
@@ -125,15 +124,15 @@ def probe_vector(
     )
     everything = torch.arange(len(labelled))
     if replication:
-        fit, strength, test_r2 = replication_split(gram, labels)
+        fit, strength, test_r2 = replication_split(design, labels)
         scores["test_r2_that_chose_the_penalty"] = test_r2
     else:
         fit = everything
         strength = chosen_strength(
-            gram, labels, labelled.groups, everything, way, strengths, center=center, seed=seed
+            design, labels, labelled.groups, everything, way, strengths, center=center, seed=seed
         )
     weights = fitted_weights(
-        design[fit],
+        X[fit],
         labels[fit],
         way,
         strength,
@@ -178,16 +177,18 @@ def probe_vector(
     )
 
 
-def replication_split(gram: Gram, labels: Int[Tensor, " example"]) -> tuple[Tensor, float, float]:
+def replication_split(
+    design: Design, labels: Int[Tensor, " example"]
+) -> tuple[Tensor, float, float]:
     """Training rows, penalty and test R2 as arXiv 2603.16335 (code) chooses them: by the test
     R2."""
     n = len(labels)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(REPLICATION_SEED))
     train, test = order[: int(0.8 * n)], order[int(0.8 * n) :]
     Y = labels.double()[:, None]
-    K = gram(train)
+    inputs = design(train)
     found = {
-        a: r2(Y[test, 0], ridge_predictions(K, Y, train, test, a, center=False)[:, 0])
+        a: r2(Y[test, 0], ridge_predictions(inputs, Y, train, test, a, center=False)[:, 0])
         for a in REPLICATION_STRENGTHS
     }
     best = max(found, key=lambda a: found[a] if found[a] == found[a] else float("-inf"))

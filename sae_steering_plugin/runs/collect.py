@@ -236,7 +236,7 @@ def _collected(
             if start == 0 and sae is not None:
                 require_fit(sae, hook_name, counted, min_explained_variance)
             places = batch.place + torch.tensor([read[i] for i in chosen])
-            kept = x[torch.arange(len(chosen)), places.to(x.device)].cpu()
+            kept = x[torch.arange(len(chosen), device=x.device), places.to(x.device)].cpu()
             for row, i in zip(kept, chosen, strict=True):
                 rows[i] = row
             bar.update(len(chosen))

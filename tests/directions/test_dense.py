@@ -80,7 +80,7 @@ def test_component_of_pairs_finds_the_shift_that_contexts_hide():
 
 
 def test_component_does_not_depend_on_the_order_within_pairs():
-    """Swapping the members of pairs changes the sign of differences, which the component ignores."""
+    """Swapping the members of a pair turns its difference round, which the component ignores."""
     generator = torch.Generator().manual_seed(0)
     differences = torch.randn(30, 6, generator=generator, dtype=torch.float64) + PLANTED
     signs = (torch.rand(30, 1, generator=generator) < 0.5).double() * 2 - 1

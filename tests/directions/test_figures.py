@@ -6,7 +6,7 @@ import torch
 from sae_steering_plugin.directions.figures import (
     chosen_strength,
     comparison,
-    gram_of,
+    design_of,
     held_out_figures,
     word_table,
 )
@@ -20,7 +20,7 @@ STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 
 def figures(X, labels, groups, folds, *, probe=RIDGE, **options):
     return held_out_figures(
-        gram_of(X, standardize=False),
+        design_of(X, standardize=False),
         labels,
         groups,
         folds,
@@ -52,7 +52,7 @@ def test_a_sample_split_leaks_templates_and_a_grouped_split_does_not():
     labelled = labelled_of(X, labels, groups=groups, texts=groups)
     both = comparison(
         labelled,
-        gram_of(X, standardize=False),
+        design_of(X, standardize=False),
         RIDGE,
         STRENGTHS,
         center=True,
@@ -96,18 +96,18 @@ def test_a_fold_of_one_label_is_undefined_and_never_minus_infinity():
 
 def test_the_penalty_is_chosen_without_looking_at_the_held_out_rows():
     codes, labels, labelled = probe_toy(seed=1, n=120)
-    gram = gram_of(codes.values, standardize=False)
+    design = design_of(codes.values, standardize=False)
     rows = torch.arange(90)
     options = {"center": True, "seed": 0}
 
-    def choose(X_gram, y):
-        return chosen_strength(X_gram, y, labelled.groups, rows, RIDGE, STRENGTHS, **options)
+    def choose(given, y):
+        return chosen_strength(given, y, labelled.groups, rows, RIDGE, STRENGTHS, **options)
 
     spoiled = codes.values.clone()
     spoiled[90:] = 1e3
     flipped = labels.clone()
     flipped[90:] = 1 - flipped[90:]
-    assert choose(gram, labels) == choose(gram_of(spoiled, standardize=False), flipped)
+    assert choose(design, labels) == choose(design_of(spoiled, standardize=False), flipped)
 
 
 def test_a_stronger_penalty_is_chosen_for_noisier_codes():
@@ -118,7 +118,7 @@ def test_a_stronger_penalty_is_chosen_for_noisier_codes():
     rows = torch.arange(100)
     quiet, loud = (
         chosen_strength(
-            gram_of(X, standardize=False),
+            design_of(X, standardize=False),
             labels,
             labelled.groups,
             rows,
@@ -134,10 +134,10 @@ def test_a_stronger_penalty_is_chosen_for_noisier_codes():
 
 def test_with_one_group_the_middle_penalty_is_taken():
     labels = torch.tensor([0, 1, 0, 1])
-    gram = gram_of(torch.randn(4, 2), standardize=False)
+    design = design_of(torch.randn(4, 2), standardize=False)
     options = {"center": True, "seed": 0}
     rows = torch.arange(4)
-    assert chosen_strength(gram, labels, ["a"] * 4, rows, RIDGE, STRENGTHS, **options) == 10.0
+    assert chosen_strength(design, labels, ["a"] * 4, rows, RIDGE, STRENGTHS, **options) == 10.0
 
 
 def test_standardisation_looks_at_training_rows_only():
@@ -145,8 +145,8 @@ def test_standardisation_looks_at_training_rows_only():
     train = torch.arange(15)
     spoiled = X.clone()
     spoiled[15:] *= 100
-    one, two = gram_of(X, standardize=True)(train), gram_of(spoiled, standardize=True)(train)
-    assert torch.allclose(one[:15, :15], two[:15, :15])
+    one, two = design_of(X, standardize=True)(train), design_of(spoiled, standardize=True)(train)
+    assert torch.allclose(one.X[:15], two.X[:15])
 
 
 def test_words_are_marked_present_or_absent_in_lower_case():

@@ -7,6 +7,7 @@ from sklearn.preprocessing import StandardScaler
 
 from sae_steering_plugin.directions.fits import (
     PROBES,
+    Inputs,
     deviations,
     fitted_weights,
     mean_difference_weights,
@@ -62,12 +63,12 @@ def test_mean_difference_needs_no_penalty():
 @pytest.mark.parametrize("name", ["ridge", "logistic", "mean_difference"])
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("shape", [(40, 6), (24, 50)])
-def test_predictions_in_example_space_are_those_of_the_weights(name, center, shape):
+def test_predictions_on_held_out_rows_are_those_of_the_weights(name, center, shape):
     X, labels = table(*shape)
     train, test = torch.arange(0, shape[0] - 6), torch.arange(shape[0] - 6, shape[0])
     probe = PROBES[name]
     Y = labels.double()[:, None]
-    found = probe.predictions(X @ X.T, Y, train, test, 1.0, center=center)[:, 0]
+    found = probe.predictions(Inputs.of(X), Y, train, test, 1.0, center=center)[:, 0]
     mean = X[train].mean(0) if center else torch.zeros(shape[1], dtype=torch.float64)
     w = fitted_weights(X[train], labels[train], probe, 1.0, center=center, standardize=False)
     along = (X[test] - mean) @ w
@@ -88,7 +89,7 @@ def test_a_label_column_with_one_label_has_no_logistic_prediction():
     X, labels = table(20, 4)
     Y = torch.stack([labels.double(), torch.zeros(20, dtype=torch.float64)], dim=1)
     train, test = torch.arange(15), torch.arange(15, 20)
-    found = PROBES["logistic"].predictions(X @ X.T, Y, train, test, 1.0, center=True)
+    found = PROBES["logistic"].predictions(Inputs.of(X), Y, train, test, 1.0, center=True)
     assert torch.isfinite(found[:, 0]).all()
     assert found[:, 1].isnan().all()
 
