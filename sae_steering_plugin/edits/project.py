@@ -30,6 +30,11 @@ class ProjectOut:
 
     def __post_init__(self) -> None:
         self._orthonormal()
+        strength = torch.as_tensor(self.strength)
+        if strength.ndim > 1:
+            raise ValueError("give one strength, or one per batch row")
+        if not torch.isfinite(strength).all():
+            raise ValueError("strength is not finite")
 
     @property
     def hook_name(self) -> str | None:

@@ -1,0 +1,156 @@
+"""Slow, independent ways to say what a steered pass should give: loops over rows, tokens and
+latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import jaxtyping
+import torch
+
+from sae_steering_plugin.adapters.transformer_lens import is_bridge, resolve
+from sae_steering_plugin.types import Positions
+from tests.hosts import SITE, tiny_bridge, tiny_hooked
+
+BOS, EOS, PAD = 1, 2, 0
+
+
+@cache
+def shared_host(name: str) -> Any:
+    """One host per session and kind; `leftovers` says whether a test gave it back as it was."""
+    return {"bridge": tiny_bridge, "hooked": tiny_hooked}[name]()
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Calls without shape and type checks, as outside tests: for words that types forbid too."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
+
+
+def leftovers(model: Any) -> list[str]:
+    """What a test left on a model: forward hooks on any module, methods laid over the class's."""
+    inner = [("original_model.", model.original_model)] if is_bridge(model) else []
+    found = []
+    for prefix, root in [("", model), *inner]:
+        for name, module in root.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks:
+                found.append(f"hook on {prefix}{name}")
+        for method in ("forward", "generate", "hf_generate", "generate_stream"):
+            if method in root.__dict__:
+                found.append(f"{prefix}{method} is laid over")
+    return found
+
+
+@contextmanager
+def tapped(model: Any, site: str = SITE) -> Iterator[list[torch.Tensor]]:
+    """The activations that leave `site`, pass by pass, after every hook put there before."""
+    seen: list[torch.Tensor] = []
+    handle = resolve(model, site).point.register_forward_hook(
+        lambda module, arguments, output: seen.append(output.detach().clone())
+    )
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def kept_tokens(
+    positions: Positions, row: list[int], prompt_length: int, *, bos: int | None = BOS
+) -> list[bool]:
+    """Which of a row's real tokens are steered, one by one."""
+    kept = []
+    for number, token in enumerate(row):
+        low = positions.start if positions.start >= 0 else prompt_length + positions.start
+        inside = number >= low
+        if positions.stop is not None:
+            high = positions.stop if positions.stop >= 0 else prompt_length + positions.stop
+            inside = inside and number < high
+        if positions.phase == "prefill":
+            inside = inside and number < prompt_length
+        if positions.phase == "decode":
+            inside = inside and number >= prompt_length
+        if number == 0 and token == bos and not positions.bos:
+            inside = False
+        kept.append(inside)
+    return kept
+
+
+def kept_batch(
+    positions: Positions,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    prompt_lengths: list[int],
+    *,
+    bos: int | None = BOS,
+) -> torch.Tensor:
+    """`kept_tokens` over a padded batch, `[batch, pos]`; padding is never kept."""
+    kept = torch.zeros(tokens.shape, dtype=torch.bool)
+    for i in range(len(tokens)):
+        columns = mask[i].nonzero().reshape(-1).tolist()
+        row = [int(tokens[i, c]) for c in columns]
+        for column, wanted in zip(
+            columns, kept_tokens(positions, row, prompt_lengths[i], bos=bos), strict=True
+        ):
+            kept[i, column] = wanted
+    return kept
+
+
+def padded_batch(rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of unequal length as one tensor and its mask."""
+    width = max(len(row) for row in rows)
+    tokens, mask = [], []
+    for row in rows:
+        blank = [PAD] * (width - len(row))
+        real, no = [1] * len(row), [0] * (width - len(row))
+        tokens.append(blank + row if side == "left" else row + blank)
+        mask.append(no + real if side == "left" else real + no)
+    return torch.tensor(tokens), torch.tensor(mask)
+
+
+def own_rule(sae: Any, codes: torch.Tensor) -> torch.Tensor:
+    """The dictionary's nonlinearity on one token's codes `[d_sae]`, latent by latent."""
+    word = sae.cfg.architecture()
+    out = torch.zeros_like(codes)
+    if word in ("topk", "abstopk") or (word == "temporal" and sae.cfg.kval_topk):
+        k = sae.cfg.k if word != "temporal" else sae.cfg.kval_topk
+        rank = codes.abs() if word == "abstopk" else codes
+        for j in sorted(range(len(codes)), key=lambda j: -float(rank[j]))[:k]:
+            if word == "abstopk" or codes[j] > 0:
+                out[j] = codes[j]
+        return out
+    for j, code in enumerate(codes):
+        if word.startswith("jumprelu"):
+            if code > sae.threshold[j] and code > 0:
+                out[j] = code
+        elif word == "steering" or code > 0:
+            out[j] = code
+    return out
+
+
+@torch.no_grad()
+def decoded(sae: Any, x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """`decode(codes)` by the SAE itself, right after the `encode` whose scale it needs."""
+    sae.encode(x)
+    return sae.decode(codes)
+
+
+@torch.no_grad()
+def algorithm_2(sae: Any, a: torch.Tensor, added: torch.Tensor, rule: Any = None) -> torch.Tensor:
+    """decode(sigma(f(a) + added)) + a - decode(f(a)), token by token (arXiv 2503.00177)."""
+    codes = sae.encode(a)
+    moved = codes + added
+    edited = torch.stack(
+        [
+            torch.stack([(rule or own_rule)(sae, token) for token in row])
+            for row in moved
+        ]
+    )
+    return decoded(sae, a, edited) + (a - decoded(sae, a, codes))
