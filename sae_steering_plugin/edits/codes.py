@@ -198,9 +198,9 @@ class SparseAdd:
                 f"the vector has {codes.d_sae} latents, the dictionary {self.sae.W_dec.shape[0]}"
             )
         if codes.sae_id:
-            from sae_steering_plugin.adapters.sae_lens import sae_id
+            from sae_steering_plugin.adapters.sae_lens import sae_id, same_sae
 
-            if sae_id(self.sae) != codes.sae_id:
+            if not same_sae(sae_id(self.sae), codes.sae_id):
                 raise ValueError(
                     f"this vector was built in {codes.sae_id!r}, not in {sae_id(self.sae)!r}: its "
                     "latents mean something else here. Load the SAE it was built in."
