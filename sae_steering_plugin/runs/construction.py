@@ -17,7 +17,7 @@ from sae_steering_plugin.directions import (
     sas_vector,
     score_table,
 )
-from sae_steering_plugin.directions.figures import comparison, gram_of
+from sae_steering_plugin.directions.figures import comparison, design_of
 from sae_steering_plugin.directions.fits import PROBES
 from sae_steering_plugin.directions.probe import STRENGTHS
 from sae_steering_plugin.runs.collect import encode_labelled
@@ -134,7 +134,7 @@ def readability(labelled: Labelled, *, seed: int = 0, permutations: int = 20) ->
     """
     found = comparison(
         labelled,
-        gram_of(labelled.activations, standardize=False),
+        design_of(labelled.activations, standardize=False),
         PROBES["ridge"],
         STRENGTHS,
         center=True,
