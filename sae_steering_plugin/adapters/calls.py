@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -82,7 +83,11 @@ class Scope:
 
 @dataclass(eq=False)
 class Frame:
-    """One forward pass of the host. Positions are worked out when the first edit asks."""
+    """One forward pass of the host. Positions are worked out when the first edit asks.
+
+    `member[b]` is the row that stands for row b of the batch, when identical rows are computed
+    once; positions are then those of the batch.
+    """
 
     observer: Observer
     scope: Scope | None
@@ -92,6 +97,7 @@ class Frame:
     cached: int = 0
     whole: bool = True
     first_layer: int | None = None
+    member: Tensor | None = None
     fired: dict[str, int] = field(default_factory=dict)
     captured: dict[str, Tensor] = field(default_factory=dict)
     sequence: Sequence | None = None
@@ -209,10 +215,15 @@ class Frame:
         else:
             real = torch.ones(batch, n, dtype=torch.bool, device=device)
         tokens = self.tokens
-        if tokens is not None and tokens.shape == (batch, n) and not (n == 1 and self.cached):
-            started = known.real.any(dim=1) if known is not None else None
+        started = known.real.any(dim=1).to(device) if known is not None else None
+        # a single pad id behind a text that has begun is a finished row being fed on, or text
+        single = n == 1 and self.cached > 0
+        begun = single and (started is None or bool(started.all()))
+        if tokens is not None and tokens.shape == (batch, n) and not begun:
             pads = self.observer.padding(tokens.to(device), started, mask is not None)
             if pads is not None:
+                if single and started is not None:
+                    pads = pads & ~started.unsqueeze(1)
                 real = real.clone()
                 real[:, -n:] &= ~pads
         return real
@@ -272,6 +283,7 @@ class Observer:
         self.eos = stop_tokens(model)
         self.prepends_bos = bool(getattr(model.cfg, "default_prepend_bos", True))
         self.frame: Frame | None = None
+        self.member: Tensor | None = None
         self.scopes: list[Scope] = []
         self.users = 0
         self.checks: list[Callable[[Frame], None]] = []
@@ -300,6 +312,29 @@ class Observer:
             self.frame = None
             self.scopes.clear()
             self._sequences.clear()
+
+    @contextmanager
+    def generating(
+        self, tokens: Tensor, mask: Tensor, stop_ids: tuple[int, ...] = ()
+    ) -> Iterator[Scope]:
+        """What runs inside continues this left-padded prompt."""
+        scope = Scope(prompt_columns=tokens.shape[1], prompt_real=mask.bool(), stop_ids=stop_ids)
+        self.hold()
+        self.scopes.append(scope)
+        try:
+            yield scope
+        finally:
+            self.scopes.remove(scope)
+            self.release()
+
+    @contextmanager
+    def standing_for(self, member: Tensor) -> Iterator[None]:
+        """The rows computed inside stand for the batch `rows[member]`; no edit may act on them."""
+        self.member = member
+        try:
+            yield
+        finally:
+            self.member = None
 
     def sequence_of(self, cache: Any) -> Sequence | None:
         found = self._sequences.get(id(cache))
@@ -427,6 +462,10 @@ class Observer:
     def _begin(self, frame: Frame) -> None:
         for check in self.before:
             check()
+        if self.member is not None:
+            frame.member = self.member
+            frame.tokens = None if frame.tokens is None else frame.tokens[self.member]
+            frame.mask = None if frame.mask is None else frame.mask[self.member]
         self.frame = frame
 
     def _end(self, frame: Frame, cache: Any) -> None:
@@ -467,7 +506,7 @@ class Observer:
             return
         frame = self.frame
         if frame is not None and not frame.finished and frame.tokens is None:
-            frame.tokens = ids
+            frame.tokens = ids if frame.member is None else ids[frame.member]
         elif self.scopes:
             self.scopes[-1].embedded.append(ids)
 

@@ -13,6 +13,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sae_steering_plugin.adapters.calls import Observer, Scope
+from sae_steering_plugin.adapters.sharing import (
+    Sharing,
+    bridge_forward,
+    bridge_prompt,
+    hooked_cache,
+    hooked_prompt,
+    last_position_only,
+    sharing_of,
+)
 from sae_steering_plugin.adapters.steering import SteeringRecord, as_edits, fwd_hooks, steer
 from sae_steering_plugin.adapters.transformer_lens import (
     Model,
@@ -97,6 +106,7 @@ def generate(
     stop_strings: Sequence[str] = (),
     prompt_lengths: int | Sequence[int] | Tensor | None = None,
     require: bool = True,
+    share: bool = True,
 ) -> Generation:
     """Continue prompts under edits; greedy at temperature 0.
 
@@ -105,7 +115,8 @@ def generate(
     `attention_mask`. Sampling uses `noise` when given (row-wise reproducible whatever the batch),
     else a generator seeded with `seed`. `stop_ids` default to the tokenizer's and generation
     config's end tokens. Edits may differ per row (`Edit.rows`, per-row strengths), so strengths can
-    share a batch.
+    share a batch; rows with the same prompt are then prefilled once up to the lowest edited layer
+    (`share=False` computes every row on its own; equal up to rounding).
 
     Raises ValueError when prompt and new tokens exceed the model's context, when a mask is padded
     on the right, or for a prompt without tokens; `SteeringError` when an edit did nothing.
@@ -132,20 +143,24 @@ def generate(
     block: Any = nullcontext(None)
     if listed_edits:
         block = steer(model, listed_edits, prompt_lengths=prompt_lengths, require=require)
-    observer = Observer.of(model)
+    sharing = None
+    if share and cached:
+        sharing = sharing_of(model, tokens, mask, listed_edits, fixed_prompt=prompt_lengths is None)
     loop = _Loop(
         model, tokens, mask, ends, tuple(stop_strings), temperature, top_k, top_p, noise, seed
     )
-    with block as record:
-        observer.hold()
-        scope = Scope(prompt_columns=tokens.shape[1], prompt_real=mask.bool(), stop_ids=ends)
-        observer.scopes.append(scope)
-        try:
-            with torch.no_grad():
-                new = loop.run(max_new_tokens, cached)
-        finally:
-            observer.scopes.remove(scope)
-            observer.release()
+    with (
+        block as record,
+        last_position_only(model),
+        Observer.of(model).generating(tokens, mask, ends) as scope,
+        torch.no_grad(),
+    ):
+        step_of = (
+            _bridge_steps(model, sharing)
+            if is_bridge(model)
+            else _hooked_steps(model, sharing, scope)
+        )
+        new = loop.run(max_new_tokens, cached, step_of)
     return loop.result(new, record)
 
 
@@ -180,9 +195,9 @@ class _Loop:
     noise: Noise | None
     seed: int | None
 
-    def run(self, max_new_tokens: int, cached: bool) -> Tensor:
+    def run(self, max_new_tokens: int, cached: bool, step_of: Step) -> Tensor:
         """New tokens `[batch, step]`; a row that has ended is fed the pad token."""
-        model, device = self.model, self.tokens.device
+        device = self.tokens.device
         generator = None
         if self.temperature > 0 and self.noise is None:
             generator = torch.Generator(device)
@@ -190,8 +205,7 @@ class _Loop:
                 generator.manual_seed(self.seed)
             else:
                 generator.seed()
-        step_of = _bridge_steps(model) if is_bridge(model) else _hooked_steps(model)
-        filler = pad_token(model)
+        filler = pad_token(self.model)
         filler = filler if filler is not None else (self.ends[0] if self.ends else 0)
         ends = torch.tensor(self.ends, dtype=torch.long, device=device)
         done = torch.zeros(len(self.tokens), dtype=torch.bool, device=device)
@@ -273,45 +287,38 @@ Step = Callable[[Tensor, Tensor, bool], Tensor]
 """(chunk, mask so far, cached) -> logits of the last position."""
 
 
-def _bridge_steps(model: Model) -> Step:
+def _bridge_steps(model: Model, sharing: Sharing | None) -> Step:
     """One forward pass of the wrapped model; its hook points fire as in the bridge's own."""
-    inner = model.original_model
-    positions = model._accepts_derived_position_ids()
-    state: dict[str, Any] = {}
+    forward = bridge_forward(model)
+    cache: Any = None
 
     def step(chunk: Tensor, mask: Tensor, cached: bool) -> Tensor:
-        # a cache is asked for even where it is thrown away: without one the bridge takes a
-        # GatedDeltaNet path that transformers >= 5.15 no longer supports
-        named: dict[str, Any] = {"attention_mask": mask, "use_cache": True}
-        if positions:
-            index = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
-            named["position_ids"] = index[:, -chunk.shape[1] :]
-        if cached and state:
-            named["past_key_values"] = state["cache"]
-        if hasattr(model, "pos_embed"):
-            model.pos_embed._current_batch_size = chunk.shape[0]
-        output = inner(chunk, **named)
+        nonlocal cache
+        if sharing is not None and cache is None:
+            logits, cache = bridge_prompt(model, Observer.of(model), forward, chunk, mask, sharing)
+            return logits[:, -1]
+        output = forward(chunk, mask, cache)
         if cached:
-            state["cache"] = output.past_key_values
+            cache = output.past_key_values
         return output.logits[:, -1]
 
     return step
 
 
-def _hooked_steps(model: Model) -> Step:
-    from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-
-    state: dict[str, Any] = {}
+def _hooked_steps(model: Model, sharing: Sharing | None, scope: Scope) -> Step:
+    cache: Any = None
 
     def step(chunk: Tensor, mask: Tensor, cached: bool) -> Tensor:
+        nonlocal cache
         if not cached:
             return model(chunk, attention_mask=mask)[:, -1]
-        if not state:
-            state["cache"] = TransformerLensKeyValueCache.init_cache(
-                model.cfg, model.cfg.device, len(chunk)
-            )
+        if cache is None and sharing is not None:
+            logits, cache = hooked_prompt(model, Observer.of(model), scope, chunk, mask, sharing)
+            return logits[:, -1]
+        if cache is None:
+            cache = hooked_cache(model, len(chunk))
         part = mask[:, -chunk.shape[1] :]
-        return model(chunk, attention_mask=part, past_kv_cache=state["cache"])[:, -1]
+        return model(chunk, attention_mask=part, past_kv_cache=cache)[:, -1]
 
     return step
 

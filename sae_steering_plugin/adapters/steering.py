@@ -178,6 +178,9 @@ class Program:
             )
         self._count(frame)
         flat = x.flatten(2) if x.ndim > 3 else x
+        if frame.member is not None:
+            self._pass_by(flat[:1].expand(len(frame.member), *flat.shape[1:]), frame)
+            return None
         if self._ready != (flat.dtype, flat.device):
             self._prepare(flat)
         if x.shape[0] not in self._rows_checked:
@@ -197,6 +200,16 @@ class Program:
                 )
                 return out if out.shape == x.shape else out.reshape(x.shape)
         return self._sum(x, flat, keeps, frame)
+
+    def _pass_by(self, batch: Tensor, frame: Frame) -> None:
+        """Take note of a pass whose rows stand for others, in which no token may be steered.
+
+        Only the shape of `batch` means anything.
+        """
+        keeps = [frame.keep(e.positions, _rows(e), batch, self.prompts) for e in self.edits]
+        if any(keep is not False for keep in keeps):
+            raise SteeringError(f"{self.site.name} would steer rows that were computed as one")
+        self._note(frame, keeps, batch)
 
     def _count(self, frame: Frame) -> None:
         times = frame.fired.get(self.key, 0)
