@@ -154,3 +154,40 @@ def algorithm_2(sae: Any, a: torch.Tensor, added: torch.Tensor, rule: Any = None
         ]
     )
     return decoded(sae, a, edited) + (a - decoded(sae, a, codes))
+
+
+@torch.no_grad()
+def fed_by_hand(
+    model: Any,
+    tokens: torch.Tensor,
+    widths: list[int],
+    mask: torch.Tensor | None = None,
+    *,
+    cached: bool = True,
+) -> None:
+    """Feeds `tokens` in chunks of `widths` columns, as somebody's own loop would.
+
+    Cached, each chunk is one pass on the same cache; uncached, each pass is the text up to there.
+    """
+    end = 0
+    cache: Any = None
+    for width in widths:
+        start, end = end, end + width
+        seen = None if mask is None else mask[:, :end]
+        if not cached:
+            model(tokens[:, :end], attention_mask=seen)
+        elif is_bridge(model):
+            named = {"past_key_values": cache, "use_cache": True}
+            out = model.original_model(tokens[:, start:end], attention_mask=seen, **named)
+            cache = out.past_key_values
+        else:
+            if cache is None:
+                cache = _hooked_cache(model, len(tokens))
+            part = None if mask is None else mask[:, start:end]
+            model(tokens[:, start:end], attention_mask=part, past_kv_cache=cache)
+
+
+def _hooked_cache(model: Any, rows: int) -> Any:
+    from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+    return TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, rows)
