@@ -166,6 +166,23 @@ def test_a_letter_split_over_tokens_or_lost_by_the_tokenizer_is_refused():
         letter_token(EncodedText((1,), None, False), "A", 0)
 
 
+@pytest.mark.parametrize("folder", ["stories260k", "babyllama361"])
+def test_letters_of_the_published_question_sets_are_found_by_real_tokenizers(data, folder):
+    import json
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(data / folder))
+    host = SimpleNamespace(tokenizer=tokenizer, cfg=SimpleNamespace(n_ctx=None))
+    items = json.loads((data / "caa" / "generate" / "refusal.json").read_text())[:40]
+    for item in items:
+        for answer in (item["answer_matching_behavior"], item["answer_not_matching_behavior"]):
+            text = f"{item['question']}\nAnswer: {answer}"
+            (encoded,) = encode_texts(host, [text], prepend_bos=True)
+            place = letter_token(encoded, text, len(text) - 2)
+            assert tokenizer.decode([encoded.tokens[place]]).strip(" ()") == answer[1]
+
+
 # --- padding and the forward pass ---------------------------------------------------------------
 
 

@@ -214,3 +214,30 @@ def test_progress_is_shown_unless_switched_off(bridge, capsys):
 
 def test_equal_items_share_a_group_name():
     assert first_seen(["a", "b", "a"]) == ("item 0", "item 1", "item 0")
+
+
+def test_every_construction_finds_the_word_feature_of_a_real_dictionary(data):
+    """Sentences that end in happy or sad: one real feature fires on the token for happy only."""
+    import json
+
+    from sae_steering_plugin.adapters.sae_lens import load_sae
+    from sae_steering_plugin.adapters.transformer_lens import load_model
+    from sae_steering_plugin.directions import probe_vector, rank_features, sas_vector
+
+    folder = data / "saes-stories260k" / "l2-resid-post-standard"
+    table = (folder / "feature_table.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in table.splitlines()]
+    (feature,) = (row["feature"] for row in rows if [t for t, _ in row["tokens"]] == ["▁happy"])
+    model, sae = load_model(str(data / "stories260k")), load_sae(str(folder))
+    who = ("The dog", "A little girl", "Tom", "The boy", "Mia", "The cat", "His mom", "The bird")
+    contrast = Contrast(
+        tuple(f"{name} was so happy" for name in who), tuple(f"{name} was so sad" for name in who)
+    )
+    labelled = collect_contrast(model, contrast, sae, **QUIET)
+    codes = encode_labelled(sae, labelled)
+    sparse = sas_vector(labelled, sae, codes=codes)
+    assert int(sparse.codes.indices[sparse.codes.values.argmax()]) == feature
+    assert rank_features(codes, labelled.labels, labelled.groups).features[0] == feature
+    probe = probe_vector(labelled, sae, codes=codes, permutations=2)
+    assert probe.recipe.settings["top_features"][0][0] == feature
+    assert probe.recipe.scores["auroc"] == sparse.recipe.scores["auroc"] == 1.0
