@@ -1,9 +1,9 @@
 """The agent loop, turn by turn, over many conversations at once.
 
-Each round renders every live conversation with the chat template, sorts the prompts by length,
-generates them in left-padded batches, reads the calls, and answers them from the scenario's cached
-results. Conversations of different arms share batches; each row carries its own arm's edits.
-What a row samples depends on (seed, scenario, turn, step) only, see `noise.py`.
+Each turn renders the live conversations with the chat template, generates them in batches of like
+length, reads the calls, and answers them from the scenario's cached results. Conversations of
+different arms share batches; each row carries its own arm's edits. What a row samples depends on
+(seed, scenario, turn, step) only, see `noise.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ..adapters.dialogue import Dialogue, keeps_turns
 from ..edits.shift import Add
 from ..types import Edit, Positions, Scenario
 from .noise import gumbel_noise, noise_key
@@ -69,6 +70,7 @@ class Conversation:
     arm: str
     edits: tuple[Edit, ...]
     schemas: tuple[Mapping[str, Any], ...]
+    max_turns: int = 5
     messages: list[dict[str, Any]] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     turns: int = 0
@@ -102,7 +104,7 @@ class Conversation:
         self.n_tokens += n_tokens
         self.cut = self.cut or not ended
         self.problem = self.problem or turn.problem
-        self.finished = not turn.calls
+        self.finished = not turn.calls or self.turns == self.max_turns
         if not turn.calls:
             self.messages.append({"role": "assistant", "content": text.strip()})
             return
@@ -154,61 +156,78 @@ class Loop:
     n_ctx: int
     batch_size: int
     prose: bool
+    keep_caches: bool
+    finished: Callable[[int], Any]
     steered: Counter[str] = field(default_factory=Counter)
+    going: set[str] = field(default_factory=set)
 
-    def run(
-        self,
-        conversations: Sequence[Conversation],
-        *,
-        max_turns: int,
-        finished: Callable[[int], Any],
-    ) -> None:
+    def run(self, conversations: Sequence[Conversation]) -> None:
         """Run every conversation to its end, in place; `finished(k)` is told how many have ended.
 
-        An exception that belongs to one conversation ends that one. When every conversation of some
-        arm fails in the first round, its exception is raised: then the arm is set up wrongly.
+        Where the model's cache can be kept between turns (and `keep_caches`), a batch stays
+        together to its end; other conversations are batched anew by length at every turn.
+
+        An exception that belongs to one conversation ends that one. When no conversation of an arm
+        gets through its first turn, the exception is raised: then the arm is set up wrongly.
         Raises ValueError when an edit reached no token in the whole run.
         """
-        for turn in range(max_turns):
-            live = [one for one in conversations if not one.finished]
-            if not live:
-                break
-            last = turn + 1 == max_turns
-            failures = self.round(live, last=last, finished=finished)
-            if turn == 0:
-                raise_when_an_arm_failed(live, failures)
+        prompts = self.encoded(conversations)
+        raise_when_an_arm_failed(conversations)
+        together = [prompt for prompt in prompts if self.may_keep(prompt[0])]
+        apart = [prompt for prompt in prompts if not self.may_keep(prompt[0])]
+        for batch in batches(together, self.batch_size):
+            self.stay_together(batch)
+        while apart:
+            for batch in batches(apart, self.batch_size):
+                self.take(batch, self.answers(batch, None))
+            apart = self.encoded([one for one, _ in apart if not one.finished])
         if idle := [place for place, tokens in self.steered.items() if not tokens]:
             raise ValueError(f"the edit at {idle[0]} reached no token in the whole run")
 
-    def round(
-        self, live: Sequence[Conversation], *, last: bool, finished: Callable[[int], Any]
-    ) -> dict[int, Exception]:
-        """One turn of every live conversation; what went wrong, by the conversation's `id()`."""
-        control = frozenset(self.tokenizer.all_special_tokens)
-        prompts, failures = self.encoded(live)
-        finished(len(failures))
-        for batch in batches(prompts, self.batch_size):
-            for (conversation, _), new in zip(batch, self.answers(batch), strict=True):
-                if isinstance(new, Exception):
-                    conversation.fail(new)
-                    failures[id(conversation)] = new
-                    continue
-                stops = self.sampling.stop_ids
-                ended = len(new) < self.sampling.max_new_tokens or int(new[-1]) in stops
-                written = [token for token in new.tolist() if token not in stops]
-                text = self.tokenizer.decode(written, skip_special_tokens=False)
-                conversation.take(
-                    text, n_tokens=len(written), ended=ended, control=control, prose=self.prose
-                )
-                conversation.finished = conversation.finished or last
-            finished(sum(conversation.finished for conversation, _ in batch))
-        return failures
+    def may_keep(self, conversation: Conversation) -> bool:
+        return self.keep_caches and keeps_turns(self.model, conversation.edits)
 
-    def encoded(self, live: Sequence[Conversation]) -> tuple[list[Prompt], dict[int, Exception]]:
+    def stay_together(self, batch: Sequence[Prompt]) -> None:
+        """All turns of one batch on one cache; rows leave it as they end."""
+        dialogue = Dialogue(self.model)
+        rows = list(batch)
+        while rows:
+            answers = self.answers(rows, dialogue)
+            self.take(rows, answers)
+            going = self.encoded([one for one, _ in rows if not one.finished])
+            place = {id(one): at for at, (one, _) in enumerate(rows)}
+            if dialogue.broken:
+                dialogue = Dialogue(self.model)
+            elif going:
+                dialogue.keep([place[id(one)] for one, _ in going])
+            rows = going
+
+    def take(self, batch: Sequence[Prompt], answers: Sequence[Tensor | Exception]) -> None:
+        """Let each conversation of a batch read its new tokens, or end with its exception."""
+        control = frozenset(self.tokenizer.all_special_tokens)
+        stops = self.sampling.stop_ids
+        wrong: list[tuple[Conversation, Exception]] = []
+        for (conversation, _), new in zip(batch, answers, strict=True):
+            if isinstance(new, Exception):
+                conversation.fail(new)
+                wrong.append((conversation, new))
+                continue
+            self.going.add(conversation.arm)
+            ended = len(new) < self.sampling.max_new_tokens or int(new[-1]) in stops
+            written = [token for token in new.tolist() if token not in stops]
+            text = self.tokenizer.decode(written, skip_special_tokens=False)
+            conversation.take(
+                text, n_tokens=len(written), ended=ended, control=control, prose=self.prose
+            )
+        for conversation, error in wrong:
+            if conversation.arm not in self.going:
+                raise error
+        self.finished(sum(conversation.finished for conversation, _ in batch))
+
+    def encoded(self, live: Sequence[Conversation]) -> list[Prompt]:
         """The prompts of the conversations that can go on; the others end with their exception."""
         room = self.n_ctx - self.sampling.max_new_tokens
         prompts: list[Prompt] = []
-        failures: dict[int, Exception] = {}
         for conversation in live:
             try:
                 text = self.render(conversation.messages, conversation.schemas)
@@ -221,53 +240,54 @@ class Loop:
                     )
             except Exception as error:  # belongs to this conversation alone
                 conversation.fail(error)
-                failures[id(conversation)] = error
             else:
                 prompts.append((conversation, ids))
-        return prompts, failures
+        self.finished(len(live) - len(prompts))
+        return prompts
 
-    def answers(self, batch: Sequence[Prompt]) -> list[Tensor | Exception]:
+    def answers(
+        self, batch: Sequence[Prompt], dialogue: Dialogue | None
+    ) -> list[Tensor | Exception]:
         """New tokens per row; when a batch raises, each row alone, or its own error."""
         try:
-            return list(self.generated(batch))
+            return list(self.generated(batch, dialogue))
         except Exception as error:
-            if len(batch) == 1:
+            if len(batch) == 1 and dialogue is None:
                 return [error]
-        return [row for prompt in batch for row in self.answers([prompt])]
+        return [row for prompt in batch for row in self.answers([prompt], None)]
 
-    def generated(self, batch: Sequence[Prompt]) -> Sequence[Tensor]:
-        """One batched generation: left-padded prompts, per-row edits, keyed noise."""
+    def generated(self, batch: Sequence[Prompt], dialogue: Dialogue | None) -> Sequence[Tensor]:
+        """One batched generation: per-row edits, keyed noise; left-padded without a dialogue."""
         sampling = self.sampling
-        tokens, mask = left_padded([ids for _, ids in batch], pad=pad_id(self.tokenizer))
         keys = [conversation.key(sampling.seed) for conversation, _ in batch]
         edits = row_edits([conversation.edits for conversation, _ in batch])
         options: dict[str, Any] = {} if sampling.top_p is None else {"top_p": sampling.top_p}
-        generation = self.generate(
-            self.model,
-            tokens,
-            edits,
-            attention_mask=mask,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            noise=gumbel_noise(keys, self.d_vocab) if sampling.temperature > 0 else None,
-            stop_ids=list(sampling.stop_ids),
-            # A turn may end before the edit's positions begin; the whole run is checked instead.
-            require=False,
-            **options,
-        )
+        options |= {
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "noise": gumbel_noise(keys, self.d_vocab) if sampling.temperature > 0 else None,
+            "stop_ids": list(sampling.stop_ids),
+        }
+        generation: Generated
+        if dialogue is not None:
+            generation = dialogue.answer([ids for _, ids in batch], edits, **options)
+        else:
+            tokens, mask = left_padded([ids for _, ids in batch], pad=pad_id(self.tokenizer))
+            # A turn may end before an edit's positions begin; the whole run is checked instead.
+            generation = self.generate(
+                self.model, tokens, edits, attention_mask=mask, require=False, **options
+            )
         for done in generation.record.edits if generation.record is not None else ():
             self.steered[f"{done.site}, positions {done.edit.positions}"] += done.tokens
         return generation.new_tokens
 
 
-def raise_when_an_arm_failed(
-    live: Sequence[Conversation], failures: Mapping[int, Exception]
-) -> None:
-    """Raise the exception of the first arm in which nothing went well."""
-    going = {one.arm for one in live if id(one) not in failures}
-    for one in live:
+def raise_when_an_arm_failed(conversations: Sequence[Conversation]) -> None:
+    """Raise the exception of the first arm that has no conversation to begin with."""
+    going = {one.arm for one in conversations if not one.error}
+    for one in conversations:
         if one.arm not in going:
-            raise failures[id(one)]
+            raise ValueError(f"no scenario can begin in arm {one.arm!r}: {one.error}")
 
 
 def batches(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:

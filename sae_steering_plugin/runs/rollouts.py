@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..adapters import engine
 from ..edits.shift import Add
 from ..effects.compare import compare
 from ..effects.contrast import corrected
@@ -122,32 +123,31 @@ def run_rollouts(
     )
     schemas = {tool_name(schema): schema for schema in tools}
     conversations = [
-        Conversation(scenario, arm.name, bound, tuple(schemas[name] for name in scenario.tools))
+        Conversation(
+            scenario, arm.name, bound, tuple(schemas[name] for name in scenario.tools), max_turns
+        )
         for arm in arms
         for bound in (arm.bound(),)
         for scenario in scenarios
     ]
-    if generate is None:
-        from ..adapters import engine
-
-        generate = engine.generate
     from tqdm.auto import tqdm
 
-    loop = Loop(
-        model,
-        tokenizer,
-        generate,
-        render or chat_template(tokenizer),
-        sampling,
-        d_vocab=int(model.cfg.d_vocab),
-        n_ctx=int(model.cfg.n_ctx),
-        batch_size=batch_size,
-        prose=prose,
-    )
     with tqdm(
         total=len(conversations), desc="rollouts", unit="rollout", disable=not progress
     ) as bar:
-        loop.run(conversations, max_turns=max_turns, finished=bar.update)
+        Loop(
+            model,
+            tokenizer,
+            generate or engine.generate,
+            render or chat_template(tokenizer),
+            sampling,
+            d_vocab=int(model.cfg.d_vocab),
+            n_ctx=int(model.cfg.n_ctx),
+            batch_size=batch_size,
+            prose=prose,
+            keep_caches=generate is None,
+            finished=bar.update,
+        ).run(conversations)
     settings = {
         "model": str(model.cfg.model_name),
         "seed": seed,
