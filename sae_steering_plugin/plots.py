@@ -205,7 +205,8 @@ def hover(one: Effect) -> str:
     return (
         f"{escaped(one.method)} at {one.strength:+g} ({escaped(one.positions)})<br>"
         f"d = {one.d:+.2f} [{one.ci_low:+.2f}, {one.ci_high:+.2f}], n = {one.n}<br>"
-        f"{one.base_mean:.2f} to {one.arm_mean:.2f}, p = {one.p_value:.2g}, valid {one.valid_rate:.0%}"
+        f"{one.base_mean:.2f} to {one.arm_mean:.2f}, p = {one.p_value:.2g}, "
+        f"valid {one.valid_rate:.0%}"
     )
 
 

@@ -134,8 +134,8 @@ def headline(demo: Demo) -> str:
         f"Adding the {best.method} vector of {demo.trait!r} at {best.strength:g} mean residual "
         f"norms moved the outcome {best.outcome!r} from {best.base_mean:.2f} to "
         f"{best.arm_mean:.2f} on {best.n} held-out items (d = {best.d:+.2f}, 95 % interval "
-        f"{best.ci_low:+.2f} to {best.ci_high:+.2f}, p {p_words(best.p_value)}), with {percent(best.valid_rate)} of the "
-        f"outputs valid. {control_words(demo.controls)}"
+        f"{best.ci_low:+.2f} to {best.ci_high:+.2f}, p {p_words(best.p_value)}), with "
+        f"{percent(best.valid_rate)} of the outputs valid. {control_words(demo.controls)}"
     )
 
 
