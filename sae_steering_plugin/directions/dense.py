@@ -16,8 +16,8 @@ from sae_steering_plugin.directions.recipe import (
     pair_rows,
     recipe_of,
     require_balanced_letters,
-    require_both_labels,
     require_choice,
+    require_two_sides,
 )
 from sae_steering_plugin.types import SMALLEST_NORM, Labelled, SteeringVector
 
@@ -30,7 +30,7 @@ def diff_mean_vector(
     Strength 1.0 (raw) moves the residual by the distance between the class means. `seed` draws the
     folds of the held-out figures and nothing else. Source: AxBench (arXiv 2501.17148), DiffMean.
     """
-    require_both_labels(labelled)
+    require_two_sides(labelled)
     return _built(
         labelled,
         class_difference,
@@ -56,7 +56,7 @@ def caa_vector(
     matching answer in less than 40 % or more than 60 % of the pairs. Equals `diff_mean_vector` on
     the same rows. Source: CAA (arXiv 2312.06681), section 3.
     """
-    require_both_labels(labelled)
+    require_two_sides(labelled)
     balance = require_balanced_letters(labelled, allow=allow_unbalanced_letters)
     pair_rows(labelled)
     return _built(
@@ -89,7 +89,7 @@ def pca_vector(
     the component does not separate the labels at all. Source: representation engineering (arXiv
     2310.01405), LAT.
     """
-    require_both_labels(labelled)
+    require_two_sides(labelled)
     if centre is not None:
         require_choice("centre", centre, ("pair", "mean"))
     else:

@@ -28,7 +28,7 @@ from sae_steering_plugin.directions.fits import (
     ridge_predictions,
 )
 from sae_steering_plugin.directions.heldout import r2
-from sae_steering_plugin.directions.recipe import recipe_of, require_both_labels, require_choice
+from sae_steering_plugin.directions.recipe import recipe_of, require_choice, require_two_sides
 from sae_steering_plugin.types import SMALLEST_NORM, Labelled, SteeringVector, escaped
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -99,7 +99,7 @@ def probe_vector(
     Raises ValueError when a label is missing, when all rows form one group, or when weights are not
     finite; warns when the decoded vector is (numerically) zero.
     """
-    require_both_labels(labelled)
+    require_two_sides(labelled)
     require_choice("spread", spread, ("divide", "multiply"))
     if not strengths or min(strengths) <= 0:
         raise ValueError(f"strengths are {tuple(strengths)}; each penalty must be positive")

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sae_steering_plugin.types import Labelled, Recipe
 
-LETTERS_BETWEEN = (0.4, 0.6)
-"""Share of one answer letter among the positive rows outside which a letter set is refused."""
+LETTER_SLACK = 0.2
+"""Largest difference between the sides in one answer letter's share; 40 to 60 % for pairs of two
+letters."""
 
 
 def recipe_of(
@@ -67,14 +68,27 @@ def require_choice(name: str, given: str, known: Sequence[str]) -> None:
         raise ValueError(f"{name} is {given!r}; choose one of {', '.join(known)}")
 
 
-def require_both_labels(labelled: Labelled) -> None:
-    """Raise ValueError unless every label is 0 or 1 and both occur."""
+def require_two_sides(labelled: Labelled) -> None:
+    """Raise ValueError unless every label is 0 or 1, both occur, and pairs lie within groups."""
     kinds = sorted(int(label) for label in labelled.labels.unique())
     if kinds != [0, 1]:
         raise ValueError(
             f"{labelled.name or 'the examples'} have labels {kinds}: a direction needs rows of "
             "label 1 and rows of label 0"
         )
+    require_pairs_within_groups(labelled)
+
+
+def require_pairs_within_groups(labelled: Labelled) -> None:
+    """Raise ValueError when the rows of a pair belong to different groups: a split would part
+    them."""
+    group_of: dict[int, str] = {}
+    for number, group in zip(labelled.pairs.tolist(), labelled.groups, strict=True):
+        if number >= 0 and group_of.setdefault(number, group) != group:
+            raise ValueError(
+                """Raise ValueError when rows of one pair belong to different groups: a split would part them."""
+                "group per pair"
+            )
 
 
 def pair_rows(labelled: Labelled) -> tuple[Tensor, Tensor]:
@@ -116,19 +130,25 @@ def letter_balance(labelled: Labelled) -> float | None:
 
 
 def require_balanced_letters(labelled: Labelled, *, allow: bool) -> float | None:
-    """The letter balance. Raises ValueError outside 40 to 60 % unless `allow`.
+    """The letter balance. Raises ValueError when a letter marks one side, unless `allow`.
 
-    When one letter is mostly the matching answer, the letter itself enters the vector with full
-    weight (arXiv 2312.06681 balances the option order for this reason).
+    A letter whose share differs between the sides by more than `LETTER_SLACK` enters the vector
+    with full weight; for pairs that answer with opposite letters this is a share outside 40 to 60 %
+    (arXiv 2312.06681 balances the option order for this reason).
     """
     balance = letter_balance(labelled)
     if balance is None or allow:
         return balance
-    low, high = LETTERS_BETWEEN
-    if not low <= balance <= high:
-        raise ValueError(
-            f"{balance:.0%} of the positive rows answer {min(set(labelled.letters))!r}: the vector "
-            "would hold the letter. Swap the options in half of the pairs, or pass "
-            "allow_unbalanced_letters=True"
-        )
+    sides = [
+        [letter for letter, y in zip(labelled.letters, labelled.labels, strict=True) if y == side]
+        for side in (1, 0)
+    ]
+    for letter in sorted(set(labelled.letters)):
+        positive, negative = (side.count(letter) / len(side) for side in sides)
+        if abs(positive - negative) > LETTER_SLACK + 1e-9:
+            raise ValueError(
+                f"{positive:.0%} of the positive rows answer {letter!r} and {negative:.0%} of the "
+                "negative rows: the vector would hold the letter. Swap the options in half of the "
+                "pairs, or pass allow_unbalanced_letters=True"
+            )
     return balance

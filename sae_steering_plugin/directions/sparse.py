@@ -21,8 +21,8 @@ from sae_steering_plugin.directions.heldout import projection_scores
 from sae_steering_plugin.directions.recipe import (
     recipe_of,
     require_balanced_letters,
-    require_both_labels,
     require_choice,
+    require_two_sides,
 )
 from sae_steering_plugin.types import Labelled, SparseCodes, SteeringVector
 
@@ -186,7 +186,7 @@ def sas_vector(
     of the rows. Held-out figures in the recipe are of `codes @ v`, built again on each training
     fold of groups.
     """
-    require_both_labels(labelled)
+    require_two_sides(labelled)
     balance = require_balanced_letters(labelled, allow=allow_unbalanced_letters)
     fired = codes_or_encoded(dictionary, labelled, codes)
 

@@ -130,7 +130,9 @@ def test_noise_does_not_score_on_held_out_rows():
     ],
 )
 def test_rows_that_do_not_pair_up_are_refused(pairs, message):
-    labelled = labelled_of(torch.randn(4, 3), [1, 1, 0, 0], pairs=pairs)
+    labelled = labelled_of(
+        torch.randn(4, 3), [1, 1, 0, 0], pairs=pairs, groups=["one template"] * 4
+    )
     with pytest.raises(ValueError, match=message):
         caa_vector(labelled)
 
@@ -138,7 +140,9 @@ def test_rows_that_do_not_pair_up_are_refused(pairs, message):
 def test_unbalanced_letters_are_refused_unless_allowed():
     letters = ["A"] * 10 + ["B"] * 10
     labelled = pairs_of(10, letters=letters)
-    with pytest.raises(ValueError, match="100% of the positive rows answer 'A'"):
+    with pytest.raises(
+        ValueError, match="100% of the positive rows answer 'A' and 0% of the negative"
+    ):
         caa_vector(labelled)
     v = caa_vector(labelled, allow_unbalanced_letters=True)
     assert v.recipe.settings["letter_balance"] == 1.0
@@ -148,7 +152,9 @@ def test_unbalanced_letters_are_refused_unless_allowed():
 
 @pytest.mark.parametrize("build", [diff_mean_vector, caa_vector, pca_vector])
 def test_rows_that_do_not_differ_warn(build):
-    labelled = labelled_of(torch.ones(4, 3), [1, 0, 1, 0], pairs=[0, 0, 1, 1])
+    labelled = labelled_of(
+        torch.ones(4, 3), [1, 0, 1, 0], pairs=[0, 0, 1, 1], groups=["a", "a", "b", "b"]
+    )
     with pytest.warns(UserWarning, match="does not separate the labels"):
         assert build(labelled).norm == 0
 
@@ -157,3 +163,30 @@ def test_rows_that_do_not_differ_warn(build):
 def test_one_label_alone_is_refused(build):
     with pytest.raises(ValueError, match="rows of label 1 and rows of label 0"):
         build(labelled_of(torch.randn(4, 3), [0] * 4, pairs=[0, 1, 2, 3]))
+
+
+@pytest.mark.parametrize("build", [diff_mean_vector, caa_vector, pca_vector])
+def test_pairs_that_a_split_would_part_are_refused(build):
+    labelled = labelled_of(
+        torch.randn(4, 3), [1, 0, 1, 0], pairs=[0, 0, 1, 1], groups=["a", "b"] * 2
+    )
+    with pytest.raises(ValueError, match="pair 0 has rows in the groups 'a' and 'b'"):
+        build(labelled)
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "fine"),
+    [
+        ("AAAABBBBBB", "BBBBAAAAAA", True),  # 40 %
+        ("AAABBBBBBB", "BBBAAAAAAA", False),  # 30 %
+        ("ABCABCABCA", "BCABCABCAB", True),  # three letters, evenly spread
+        ("AAAAAAAAAA", "AAAAAAAAAA", True),  # one letter everywhere cancels
+    ],
+)
+def test_letters_must_be_spread_alike_over_both_sides(positive, negative, fine):
+    labelled = pairs_of(10, letters=[*positive, *negative])
+    if fine:
+        caa_vector(labelled)
+    else:
+        with pytest.raises(ValueError, match="30% of the positive rows answer 'A' and 70%"):
+            caa_vector(labelled)

@@ -250,7 +250,9 @@ def test_unbalanced_answer_letters_are_refused_unless_allowed():
     letters = ["A", "B"] * 12  # rows alternate labels: A is always the negative row
     labelled = random_labelled(letters=letters)
     sae = tiny_sae("standard")
-    with pytest.raises(ValueError, match="0% of the positive rows answer 'A'"):
+    with pytest.raises(
+        ValueError, match="0% of the positive rows answer 'A' and 100% of the negative"
+    ):
         sas_vector(labelled, sae)
     v = sas_vector(labelled, sae, allow_unbalanced_letters=True, tau=0.4)
     assert v.recipe.settings["letter_balance"] == 0.0
