@@ -80,14 +80,13 @@ def require_two_sides(labelled: Labelled) -> None:
 
 
 def require_pairs_within_groups(labelled: Labelled) -> None:
-    """Raise ValueError when the rows of a pair belong to different groups: a split would part
-    them."""
+    """Raise ValueError when a pair spans two groups: a held-out split would part it."""
     group_of: dict[int, str] = {}
     for number, group in zip(labelled.pairs.tolist(), labelled.groups, strict=True):
         if number >= 0 and group_of.setdefault(number, group) != group:
             raise ValueError(
-                """Raise ValueError when rows of one pair belong to different groups: a split would part them."""
-                "group per pair"
+                f"pair {number} has rows in the groups {group_of[number]!r} and {group!r}: name "
+                "one group per pair"
             )
 
 
