@@ -77,16 +77,25 @@ def line_name(key: tuple[str, str], keys: Sequence[tuple[str, str]]) -> str:
 
 
 def styles(keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
-    """A colour per method and a dash per position rule."""
+    """A colour per method (or, of one method, per position rule) and a dash per position rule."""
     methods = list(dict.fromkeys(method for method, _ in keys))
     places = list(dict.fromkeys(positions for _, positions in keys))
+    hue = (methods, 0) if len(methods) > 1 else (places, 1)
     return {
         key: (
-            COLOURS[methods.index(key[0]) % len(COLOURS)],
+            COLOURS[hue[0].index(key[hue[1]]) % len(COLOURS)],
             DASHES[places.index(key[1]) % len(DASHES)],
         )
         for key in keys
     }
+
+
+VALID = 0.95
+"""Valid rate below which a point is drawn open: its effect is bought with broken output."""
+
+
+def broken(one: Effect) -> bool:
+    return one.valid_rate < VALID
 
 
 def strength_axis(effects: Sequence[Effect]) -> str:
@@ -133,6 +142,13 @@ def dose_response_figure(
             mode="lines+markers",
             name=line_name(key, list(found)),
             line={"color": colour, "dash": dash},
+            marker={
+                "size": 8,
+                "symbol": [
+                    "circle-open" if one is not None and broken(one) else "circle"
+                    for _, one in points
+                ],
+            },
             hovertext=["unsteered" if one is None else hover(one) for _, one in points],
             hoverinfo="text",
         )
@@ -186,7 +202,11 @@ def effects_figure(
             "arrayminus": [one.d - one.ci_low for one in reversed(effects)],
         },
         mode="markers",
-        marker={"color": COLOURS[0], "size": 9},
+        marker={
+            "color": COLOURS[0],
+            "size": 9,
+            "symbol": ["circle-open" if broken(one) else "circle" for one in reversed(effects)],
+        },
         hovertext=[hover(one) for one in reversed(effects)],
         hoverinfo="text",
         name="effects",
@@ -237,7 +257,7 @@ def require_effects(effects: Sequence[Effect]) -> None:
 
 # SVG --------------------------------------------------------------------------------------------
 
-WIDTH, LEFT, RIGHT = 720, 64, 16
+WIDTH, LEFT, RIGHT = 720.0, 64.0, 16.0
 CHARACTER = 6.6
 """Width of a character of the drawing's text, for leaving room; it is drawn at 12 pixels."""
 
@@ -261,7 +281,7 @@ def dose_response_svg(
         *(end for one in effects for end in (one.ci_low, one.ci_high)),
         *(c.d for c in controls),
     )
-    top, bottom = (34 if title else 12), 300
+    top, bottom = (34.0 if title else 12.0), 300.0
     height = bottom + 46 + legend_height
     x = scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
     y = scale(y_ticks[0], y_ticks[-1], bottom, top)
@@ -271,7 +291,7 @@ def dose_response_svg(
     for key, line in found.items():
         colour, dash = style[key]
         points = with_origin(line)
-        path = " ".join(f"{x(s):.1f},{y(0 if one is None else one.d):.1f}" for s, one in points)
+        path = " ".join(f"{x(s):.1f},{y(0.0 if one is None else one.d):.1f}" for s, one in points)
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"'
             + (f' stroke-dasharray="{STROKES[dash]}"' if STROKES[dash] else "")
@@ -279,13 +299,13 @@ def dose_response_svg(
         )
         parts += [
             whisker(x(one.strength), y(one.ci_low), x(one.strength), y(one.ci_high), colour)
-            + dot(x(one.strength), y(one.d), colour, describe(one))
+            + dot(x(one.strength), y(one.d), colour, describe(one), hollow=broken(one))
             for one in line
         ]
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(text(middle, bottom + 38, strength_axis(effects), anchor="middle"))
-    parts.append(turned(16, (top + bottom) / 2, outcome_axis(effects)))
-    parts.append(f'<g transform="translate({LEFT},{bottom + 52})">{legend}</g>')
+    parts.append(turned(16.0, (top + bottom) / 2, outcome_axis(effects)))
+    parts.append(f'<g transform="translate({LEFT:.0f},{bottom + 52:.0f})">{legend}</g>')
     return svg(height, title, parts)
 
 
@@ -301,7 +321,7 @@ def effects_svg(
         *(end for one in effects for end in (one.ci_low, one.ci_high)),
         *(c.d for c in controls),
     )
-    top = 34 if title else 12
+    top = 34.0 if title else 12.0
     bottom = top + 26 * len(names) + 6
     x = scale(x_ticks[0], x_ticks[-1], left, WIDTH - RIGHT - 10)
     parts = [grid_x(x, x_ticks, top, bottom)]
@@ -312,7 +332,7 @@ def effects_svg(
             one = effects[row]
             parts.append(
                 whisker(x(one.ci_low), at, x(one.ci_high), at, COLOURS[0])
-                + dot(x(one.d), at, COLOURS[0], describe(one))
+                + dot(x(one.d), at, COLOURS[0], describe(one), hollow=broken(one))
             )
         else:
             parts += [cross(x(one.d), at, describe(one)) for one in controls]
@@ -364,16 +384,20 @@ def turned(x: float, y: float, words: str) -> str:
     )
 
 
+def rule(x1: float, y1: float, x2: float, y2: float, colour: str, style: str = "") -> str:
+    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+    return f'<line {ends} stroke="{colour}"{style}/>'
+
+
 def whisker(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
-    return (
-        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" '
-        'stroke-width="1.5"/>'
-    )
+    return rule(x1, y1, x2, y2, colour, ' stroke-width="1.5"')
 
 
-def dot(x: float, y: float, colour: str, tip: str) -> str:
+def dot(x: float, y: float, colour: str, tip: str, *, hollow: bool = False) -> str:
+    fill = "#fff" if hollow else colour
     return (
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{colour}" '
+        'stroke-width="1.6">'
         f"<title>{escaped(tip)}</title></circle>"
     )
 
@@ -385,10 +409,13 @@ def cross(x: float, y: float, tip: str) -> str:
     )
 
 
+def grid_colour(value: float) -> str:
+    return "#9a9a9a" if value == 0 else "#e4e4e4"
+
+
 def grid_x(x: Any, values: Sequence[float], top: float, bottom: float) -> str:
     return "".join(
-        f'<line x1="{x(v):.1f}" y1="{top}" x2="{x(v):.1f}" y2="{bottom:.1f}" '
-        f'stroke="{"#9a9a9a" if v == 0 else "#e4e4e4"}"/>'
+        rule(x(v), top, x(v), bottom, grid_colour(v))
         + text(x(v), bottom + 16, f"{v:g}", anchor="middle")
         for v in values
     )
@@ -396,8 +423,7 @@ def grid_x(x: Any, values: Sequence[float], top: float, bottom: float) -> str:
 
 def grid_y(y: Any, values: Sequence[float]) -> str:
     return "".join(
-        f'<line x1="{LEFT}" y1="{y(v):.1f}" x2="{WIDTH - RIGHT}" y2="{y(v):.1f}" '
-        f'stroke="{"#9a9a9a" if v == 0 else "#e4e4e4"}"/>'
+        rule(LEFT, y(v), WIDTH - RIGHT, y(v), grid_colour(v))
         + text(LEFT - 8, y(v) + 4, f"{v:g}", anchor="end")
         for v in values
     )
@@ -414,11 +440,9 @@ def legend_svg(entries: Sequence[tuple[str, str, str]]) -> tuple[str, float]:
         if dash == "cross":
             parts.append(cross(at_x + 13, at_y, name))
         else:
-            stroke = f' stroke-dasharray="{STROKES[dash]}"' if STROKES[dash] else ""
-            parts.append(
-                f'<line x1="{at_x}" y1="{at_y}" x2="{at_x + 26}" y2="{at_y}" stroke="{colour}" '
-                f'stroke-width="2"{stroke}/>'
-            )
+            pattern = f' stroke-dasharray="{STROKES[dash]}"' if STROKES[dash] else ""
+            style = f' stroke-width="2"{pattern}'
+            parts.append(rule(at_x, at_y, at_x + 26, at_y, colour, style))
         parts.append(text(at_x + 32, at_y + 4, name))
         at_x += wide
     return "".join(parts), at_y + 14
@@ -426,10 +450,11 @@ def legend_svg(entries: Sequence[tuple[str, str, str]]) -> tuple[str, float]:
 
 def svg(height: float, title: str, parts: Sequence[str]) -> str:
     """The element itself, on white, with its title as heading and as its accessible name."""
-    heading = text(LEFT, 20, title, weight="bold") if title else ""
+    heading = text(LEFT, 20.0, title, weight="bold") if title else ""
+    box = f'width="{WIDTH:.0f}" height="{height:.0f}"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
-        f'font-family="system-ui, sans-serif" font-size="12" fill="#222">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:.0f} {height:.0f}" '
+        'role="img" font-family="system-ui, sans-serif" font-size="12" fill="#222">'
         f"<title>{escaped(title or 'effects')}</title>"
-        f'<rect width="{WIDTH}" height="{height:.0f}" fill="#fff"/>{heading}{"".join(parts)}</svg>'
+        f'<rect {box} fill="#fff"/>{heading}{"".join(parts)}</svg>'
     )

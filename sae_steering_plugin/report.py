@@ -199,14 +199,15 @@ def demo_page(demo: Demo) -> str:
                 "All methods at the same displacement",
                 figure(
                     effects_svg(demo.headline, demo.controls),
-                    "Effect on test items with 95 % intervals; crosses are random directions.",
+                    "Effect on test items with 95 % intervals; crosses are random directions. An "
+                    "open point has a valid rate below 95 %.",
                 ),
                 table(effect_rows(demo.headline), words=("method",)),
                 paragraph(
                     f"Strength {demo.strength:g} was chosen on validation items for the decoded "
                     "probe and is reported on test items it never saw. Strength and 'moved' are "
-                    "multiples of the mean residual norm at the site. p is Holm-corrected over "
-                    "this table (McNemar's or a sign-flip test on pairs, as the records say).",
+                    "multiples of the mean residual norm at the site. p is of a "
+                    f"{demo.best.test} test, Holm-corrected over this table.",
                     "note",
                 ),
             ),
@@ -214,7 +215,8 @@ def demo_page(demo: Demo) -> str:
                 "Dose-response of the decoded probe",
                 figure(
                     dose_response_svg(curve, demo.controls),
-                    "All points on the same test items; the unsteered model is the origin.",
+                    "Every point on test items; the origin is the unsteered model. An open point "
+                    "has a valid rate below 95 %.",
                 ),
                 table(effect_rows(demo.curve), words=("method",)),
             ),

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from sae_steering_plugin.directions import (
+    FiredCodes,
     diff_mean_vector,
     feature_vector,
     pca_vector,
@@ -42,6 +43,7 @@ from sae_steering_plugin.types import (
     ALL,
     DECODE,
     PREFILL,
+    SMALLEST_NORM,
     Contrast,
     Edit,
     Effect,
@@ -266,7 +268,7 @@ def build_vectors(
         )
     made = {
         PROBE: probe_vector(labelled, sae, codes=codes, label=f"{trait} probe", seed=seed),
-        SAS: sas_vector(labelled, sae, codes=codes, label=f"{trait} SAS", seed=seed),
+        SAS: first_sas_vector(labelled, sae, codes, label=f"{trait} SAS", seed=seed),
         FEATURE: feature_vector(
             sae,
             selection.features[0],
@@ -279,8 +281,25 @@ def build_vectors(
     return {name: one for name, one in made.items() if usable(name, one)}, selection
 
 
+TAUS = (0.7, 0.6, 0.5, 0.4, 0.3)
+"""Activation frequencies tried for SAS, strictest first; the papers use 0.7."""
+
+
+def first_sas_vector(
+    labelled: Labelled, sae: Any, codes: FiredCodes, *, label: str, seed: int
+) -> SteeringVector:
+    """The SAS vector at the strictest frequency of `TAUS` that leaves a latent."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no latent is left at tau")
+        for tau in TAUS:
+            vector = sas_vector(labelled, sae, tau=tau, codes=codes, label=label, seed=seed)
+            if vector.norm > SMALLEST_NORM:
+                break
+    return vector
+
+
 def usable(name: str, vector: SteeringVector) -> bool:
-    if vector.norm > 1e-6:
+    if vector.norm > SMALLEST_NORM:
         return True
     warnings.warn(f"the {name} vector is empty and is left out", stacklevel=2)
     return False
