@@ -234,8 +234,8 @@ class _Loop:
         if self.noise is not None:
             gumbel = self.noise(step).to(scores.device)
         else:
-            uniform = torch.rand(scores.shape, generator=generator, device=scores.device)
-            gumbel = -torch.log(-torch.log(uniform.clamp_min(1e-20)).clamp_min(1e-20))
+            # minus the logarithm of an exponential variable is Gumbel noise
+            gumbel = -torch.empty_like(scores).exponential_(generator=generator).log()
         return (scores + gumbel).argmax(dim=-1)
 
     def _spelled(self, new: list[Tensor], device: torch.device) -> Tensor:
