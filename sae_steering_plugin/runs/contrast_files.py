@@ -27,6 +27,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from sae_steering_plugin.directions.recipe import LETTER_SLACK
 from sae_steering_plugin.runs.scenarios import TOOLS, tool_name
 from sae_steering_plugin.types import Contrast
 
@@ -38,9 +39,6 @@ LONGEST_TEXT = 100_000
 
 LONGEST_LINE = 1_000_000
 """Characters of one line or record."""
-
-LETTERS_BETWEEN = (0.4, 0.6)
-"""Share of one answer among the matching ones outside which a question set is refused (CAA)."""
 
 Render = Callable[[Sequence[Mapping[str, str]], Sequence[str]], str]
 """(messages, names of the tools offered) -> prompt text that ends where the assistant begins."""
@@ -81,8 +79,7 @@ class ContrastFile:
     @property
     def answers(self) -> dict[str, float]:
         """Share of each answer among the matching ones, largest first; empty without answers."""
-        counts = Counter(letter_of(side.answer) for side in self.positive if side.answer)
-        return {answer: n / len(self.positive) for answer, n in counts.most_common()}
+        return answer_shares(self.positive)
 
     def contrast(self, render: Render | None = None) -> Contrast:
         """The texts, with the character offset of each choice letter where every answer is one.
@@ -131,8 +128,8 @@ def read_contrast_file(
 ) -> ContrastFile:
     """The checked records of a file, without model and tokenizer. Raises as `read_contrast` does.
 
-    A question set whose matching answers are one letter in under 40 % or over 60 % of the pairs is
-    refused unless `allow_unbalanced_letters`: the letter itself would enter the vector.
+    A question set in which one answer's share differs between the matching and the other answers by
+    more than a fifth is refused unless `allow_unbalanced_letters`: the letter would be the vector.
     """
     path = Path(path)
     if format is not None and format not in FORMATS:
@@ -162,18 +159,25 @@ def read_contrast_file(
 
 
 def refuse_unbalanced(file: ContrastFile, path: Path) -> None:
-    """Raise ValueError when the matching answers of a question set favour one answer."""
-    if not file.answers:
-        return
-    letter = min(file.answers)
-    low, high = LETTERS_BETWEEN
-    if not low <= file.answers[letter] <= high:
-        shares = ", ".join(f"{answer} {share:.0%}" for answer, share in file.answers.items())
-        raise ValueError(
-            f"{path}: field 'answer_matching_behavior': answers are not balanced ({shares}), so "
-            f"the vector would hold the letter. Keep {letter} between {low:.0%} and {high:.0%}, or "
-            "pass allow_unbalanced_letters=True (--allow-unbalanced-letters)"
-        )
+    """Raise ValueError when an answer's share differs between the sides by more than the slack.
+
+    For pairs that answer with opposite letters that is a share outside 40 to 60 %.
+    """
+    matching, other = answer_shares(file.positive), answer_shares(file.negative)
+    for answer, share in matching.items():
+        if abs(share - other.get(answer, 0.0)) > LETTER_SLACK + 1e-9:
+            shares = ", ".join(f"{name} {part:.0%}" for name, part in matching.items())
+            raise ValueError(
+                f"{path}: field 'answer_matching_behavior': answers are not balanced ({shares}), so "
+                f"the vector would hold the answer {answer!r} itself. Swap the options in half of "
+                "the questions, or pass allow_unbalanced_letters=True (--allow-unbalanced-letters)"
+            )
+
+
+def answer_shares(sides: Sequence[Side]) -> dict[str, float]:
+    """Share of each answer on one side, largest first; empty without answers."""
+    counts = Counter(letter_of(side.answer) for side in sides if side.answer)
+    return {answer: n / len(sides) for answer, n in counts.most_common()}
 
 
 def chat_render(tokenizer: Any, schemas: Sequence[Mapping[str, Any]] = TOOLS) -> Render:
