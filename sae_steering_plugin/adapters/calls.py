@@ -81,6 +81,16 @@ class Scope:
     embedded: list[Tensor] = field(default_factory=list)
 
 
+def behind_prompt(positions: Positions) -> bool | None:
+    """Whether every decoded token is wanted (True) or none (False); None when it depends on which.
+
+    A negative start counts from the prompt's end, so every decoded token lies behind it.
+    """
+    if positions.start > 0 or positions.stop is not None:
+        return None
+    return positions.phase != "prefill"
+
+
 @dataclass(eq=False)
 class Frame:
     """One forward pass of the host. Positions are worked out when the first edit asks.
@@ -98,7 +108,7 @@ class Frame:
     whole: bool = True
     first_layer: int | None = None
     member: Tensor | None = None
-    fired: dict[str, int] = field(default_factory=dict)
+    fired: set[Any] = field(default_factory=set)
     captured: dict[str, Tensor] = field(default_factory=dict)
     sequence: Sequence | None = None
     decode_step: bool = False
@@ -113,28 +123,32 @@ class Frame:
         self, positions: Positions, rows: tuple[int, ...] | None, x: Tensor, prompts: Tensor | None
     ) -> Tensor | bool:
         """The tokens of `x` that are wanted: True for all, False for none, or `[batch, pos, 1]`."""
-        shape = (x.shape[0], x.shape[1])
-        if self._shape is None:
-            self._locate(shape, x.device, prompts)
-        elif self._shape != shape:
-            raise RuntimeError(
-                f"a hook fired on a tensor of {shape} tokens inside a forward pass of "
-                f"{self._shape}: "
-                "positions are unknown outside the model's own forward pass"
-            )
+        self.locate(x, prompts)
         key = (positions, rows)
         if key not in self._kept:
             self._kept[key] = self._find(positions, rows, x)
         return self._kept[key]
 
+    def locate(self, x: Tensor, prompts: Tensor | None) -> None:
+        """Find the sequence that this pass, whose activation is `x`, goes on with."""
+        shape = x.shape
+        known = self._shape
+        if known is None:
+            self._locate((shape[0], shape[1]), x.device, prompts)
+        elif known[0] != shape[0] or known[1] != shape[1]:
+            raise RuntimeError(
+                f"a hook fired on a tensor of {tuple(shape[:2])} tokens inside a forward pass of "
+                f"{known}: positions are unknown outside the model's own forward pass"
+            )
+
     def _find(self, positions: Positions, rows: tuple[int, ...] | None, x: Tensor) -> Tensor | bool:
         assert self.sequence is not None
         if rows is not None and (outside := [r for r in rows if not -x.shape[0] <= r < x.shape[0]]):
             raise IndexError(f"row {outside[0]} is outside this batch of {x.shape[0]} rows")
-        if self.decode_step and positions.start <= 0 and positions.stop is None:
-            # start=-1 counts from the prompt's end, so every decoded token lies behind it
-            wanted: Tensor | bool = positions.phase != "prefill"
-        else:
+        wanted: Tensor | bool | None = None
+        if self.decode_step and x.shape[1] == 1:
+            wanted = behind_prompt(positions)
+        if wanted is None:
             wanted = self._mask(positions, x)
         if rows is None or wanted is False:
             return wanted

@@ -8,6 +8,7 @@ see `edits.codes`). Edits of different sites act where they stand.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_steering_plugin.adapters.calls import Frame, Observer, Scope
+from sae_steering_plugin.adapters.calls import Frame, Observer, Scope, behind_prompt
 from sae_steering_plugin.adapters.calls import Sequence as Fed
 from sae_steering_plugin.adapters.sae_parts import site_names
 from sae_steering_plugin.adapters.transformer_lens import (
@@ -162,10 +163,11 @@ class Program:
     _singles: list[Single] = field(default_factory=list)
     _groups: list[Group] = field(default_factory=list)
     _rows_checked: set[int] = field(default_factory=set)
-
-    @property
-    def key(self) -> str:
-        return f"{self.site.name}@{id(self)}"
+    _rows: list[tuple[int, ...] | None] = field(default_factory=list)
+    _decoding: list[Tensor | bool] | None = None
+    _step: Tensor | None = None
+    _constant: bool = False
+    _noting: tuple[Any, Any, list[list[Any]]] = (None, None, [])
 
     def __call__(self, x: Tensor, hook: Any = None) -> Tensor | None:
         del hook
@@ -177,51 +179,83 @@ class Program:
                 "not one of its parts, or positions are unknown"
             )
         self._count(frame)
+        if self._decoding is not None and frame.member is None:
+            frame.locate(x, self.prompts)
+            if frame.decode_step and self._fits(x) and self._noted(frame):
+                if self._constant:
+                    return None if self._step is None else x + self._step
+                return self._sum(x, x, self._decoding, frame)
         flat = x.flatten(2) if x.ndim > 3 else x
+        if self._ready is None or self._ready != (flat.dtype, flat.device):
+            self._prepare(flat)
         if frame.member is not None:
             self._pass_by(flat[:1].expand(len(frame.member), *flat.shape[1:]), frame)
             return None
-        if self._ready != (flat.dtype, flat.device):
-            self._prepare(flat)
-        if x.shape[0] not in self._rows_checked:
-            self._check_rows(x.shape[0])
-        keeps = [frame.keep(edit.positions, _rows(edit), flat, self.prompts) for edit in self.edits]
+        if flat.shape[0] not in self._rows_checked:
+            self._check_rows(flat.shape[0])
+        keeps = self._keeps(frame, flat)
         self._note(frame, keeps, flat)
-        if len(self._singles) == 1 and not self._groups:
-            index, constant, _ = self._singles[0]
-            keep = keeps[index]
-            if keep is False:
-                return None
-            if constant is not None:
-                out = (
-                    flat + constant
-                    if keep is True
-                    else torch.addcmul(flat, keep.to(flat.dtype), constant)
-                )
-                return out if out.shape == x.shape else out.reshape(x.shape)
         return self._sum(x, flat, keeps, frame)
+
+    def _fits(self, x: Tensor) -> bool:
+        """True when everything prepared is right for this activation."""
+        shape, ready = x.shape, self._ready
+        return (
+            ready is not None
+            and len(shape) == 3
+            and shape[1] == 1
+            and shape[0] in self._rows_checked
+            and x.dtype is ready[0]
+            and x.device == ready[1]
+        )
+
+    def _noted(self, frame: Frame) -> bool:
+        """Take note of a decode step in which each edit acts everywhere or nowhere.
+
+        False when the records need more than a number: the lengths of a first decoded token.
+        """
+        fed, scope, lists = self._noting
+        if fed is not frame.sequence or scope is not frame.scope:
+            assert self._decoding is not None and frame.sequence is not None
+            acting = [
+                r for r, keep in zip(self.records, self._decoding, strict=True) if keep is True
+            ]
+            if self.measure and not all(r._sums for r in acting):
+                return False
+            fed = frame.sequence
+            lists = [_steps_of(record, frame) for record in acting]
+            self._noting = (fed, frame.scope, lists)
+        step = (len(fed.fed) - 1, None)
+        for steps in lists:
+            steps.append(step)
+        return True
+
+    def _keeps(self, frame: Frame, flat: Tensor) -> list[Tensor | bool]:
+        return [
+            frame.keep(edit.positions, rows, flat, self.prompts)
+            for edit, rows in zip(self.edits, self._rows, strict=True)
+        ]
 
     def _pass_by(self, batch: Tensor, frame: Frame) -> None:
         """Take note of a pass whose rows stand for others, in which no token may be steered.
 
         Only the shape of `batch` means anything.
         """
-        keeps = [frame.keep(e.positions, _rows(e), batch, self.prompts) for e in self.edits]
+        keeps = self._keeps(frame, batch)
         if any(keep is not False for keep in keeps):
             raise SteeringError(f"{self.site.name} would steer rows that were computed as one")
         self._note(frame, keeps, batch)
 
     def _count(self, frame: Frame) -> None:
-        times = frame.fired.get(self.key, 0)
-        if times and not frame.finished:
+        if self not in frame.fired:
+            frame.fired.add(self)
+            for record in self.records:
+                record.fired += 1
+        elif not frame.finished:
             raise SteeringError(
                 f"{self.site.name} fired twice in one forward pass: the edit is attached twice "
                 "(the same hooks in two contexts, or steer inside steer with the same list)"
             )
-        frame.fired[self.key] = times + 1
-        if not times:
-            for record in self.records:
-                record.fired += 1
 
     def _sum(
         self, x: Tensor, flat: Tensor, keeps: list[Tensor | bool], frame: Frame
@@ -272,6 +306,8 @@ class Program:
                 "not carry: generate with use_past_kv_cache=False (generate(..., cached=False))"
             )
         source = flat if read is None else frame.captured[read]
+        if all(keep is True for keep in wanted):
+            return group(source.flatten(2) if source.ndim > 3 else source)
         blank = torch.zeros(*flat.shape[:2], 1, dtype=torch.bool, device=flat.device)
         masks = [None if k is True else (blank if k is False else k) for k in wanted]
         change = group(source.flatten(2) if source.ndim > 3 else source, masks)
@@ -285,6 +321,7 @@ class Program:
         gradients."""
         with torch.inference_mode(False):
             self._singles, self._groups = [], []
+            self._rows = [_rows(edit) for edit in self.edits]
             grouped: dict[int, list[int]] = {}
             for i, edit in enumerate(self.edits):
                 if isinstance(edit.change, CodeChange):
@@ -302,7 +339,21 @@ class Program:
                     f"{self.site.name} "
                     f"has {flat.shape[-1]}: it was built for another model or site"
                 )
+        with torch.inference_mode(False):
+            self._decode_steps()
         self._ready = (flat.dtype, flat.device)
+
+    def _decode_steps(self) -> None:
+        """Find what every decode step does alike: which edits act, and the sum of constants."""
+        acting = [behind_prompt(edit.positions) for edit in self.edits]
+        self._decoding, self._step = None, None
+        if any(keep is None for keep in acting) or any(rows is not None for rows in self._rows):
+            return
+        self._decoding = [bool(keep) for keep in acting]
+        constants = [c for i, c, _ in self._singles if c is not None and acting[i]]
+        for constant in constants:
+            self._step = constant if self._step is None else self._step + constant
+        self._constant = not self._groups and all(c is not None for _, c, _ in self._singles)
 
     def _prepare_codes(self, members: list[int], flat: Tensor) -> None:
         changes: list[CodeChange] = [self.edits[i].change for i in members]  # type: ignore[misc]
@@ -335,9 +386,7 @@ class Program:
         for record, keep in zip(self.records, keeps, strict=True):
             if frame.decode_step:
                 if keep is not False:
-                    fed = frame.sequence
-                    _, steps = record._steps.setdefault(key, (fed, []))
-                    steps.append((len(fed.fed) - 1, None if keep is True else keep[..., 0]))
+                    _steps_of(record, frame).append(_step_note(frame, keep, flat))
             else:
                 counts = _counts(keep, flat)
                 before = record._tokens.get(key) if frame.cached else None
@@ -375,7 +424,7 @@ class Program:
 
     def check(self, frame: Frame) -> None:
         """After a whole forward pass: the site must have fired once in it."""
-        if not frame.whole or frame.fired.get(self.key):
+        if not frame.whole or self in frame.fired:
             return
         layer = layer_of(self.site.name)
         if frame.first_layer is not None and (layer is None or layer < frame.first_layer):
@@ -392,6 +441,31 @@ class Program:
                 "does "
                 "so when an SAE is attached or detached): attach SAEs outside, steer inside"
             )
+
+
+def _steps_of(record: EditRecord, frame: Frame) -> list[Any]:
+    """The decode steps that `record` has noted for the text of this pass."""
+    assert frame.sequence is not None
+    key = frame.scope if frame.scope is not None else frame.sequence
+    return record._steps.setdefault(key, (frame.sequence, []))[1]
+
+
+def _step_note(frame: Frame, keep: Tensor | bool, flat: Tensor) -> tuple[int, Tensor | None]:
+    """Number of the decode step and the tokens steered in it; None stands for one in every row.
+
+    A turn of several tokens on a cache is no step of decoding, and no earlier stop token ends it.
+    """
+    assert frame.sequence is not None
+    if flat.shape[1] == 1:
+        return len(frame.sequence.fed) - 1, None if keep is True else _plane(keep, flat)
+    return sys.maxsize, _plane(keep, flat)
+
+
+def _plane(keep: Tensor | bool, flat: Tensor) -> Tensor:
+    """The mask `[batch, pos]` of the steered tokens."""
+    if isinstance(keep, bool):
+        return torch.full(flat.shape[:2], keep, dtype=torch.bool)
+    return keep[..., 0]
 
 
 def _counts(keep: Tensor | bool, flat: Tensor) -> Tensor:
