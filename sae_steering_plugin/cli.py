@@ -60,10 +60,11 @@ ForceOption = Annotated[
 ]
 
 
-def shown_version(value: bool) -> None:
-    if value:
+def shown_version(asked: bool) -> bool:
+    if asked:
         typer.echo(f"sae-steering-plugin {__version__}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()
@@ -99,6 +100,18 @@ def quiet_hosts() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="\\nThis SAE has non-empty model_from_pretrained")
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
+def known_unit(word: str) -> Unit:
+    """The strength unit a word names. Raises ValueError that lists them."""
+    from sae_steering_plugin.types import UNITS
+
+    if word not in UNITS:
+        raise ValueError(f"no strength unit {word!r}; choose one of {', '.join(UNITS)}")
+    return cast("Unit", word)
 
 
 def chosen_site(subject: Any, layer: int | None, hook_name: str | None) -> Any:
@@ -285,7 +298,7 @@ def generate(
         from sae_steering_plugin.runs.continuation import continued, load_vector
 
         vector = load_vector(vectors, label)
-        scale = cast("Unit", unit)
+        scale = known_unit(unit)
         vector.displacement(strength, scale)  # an impossible unit stops here, before the model
         from sae_steering_plugin.runs.subject import open_subject
 

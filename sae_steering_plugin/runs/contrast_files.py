@@ -168,9 +168,9 @@ def refuse_unbalanced(file: ContrastFile, path: Path) -> None:
         if abs(share - other.get(answer, 0.0)) > LETTER_SLACK + 1e-9:
             shares = ", ".join(f"{name} {part:.0%}" for name, part in matching.items())
             raise ValueError(
-                f"{path}: field 'answer_matching_behavior': answers are not balanced ({shares}), so "
-                f"the vector would hold the answer {answer!r} itself. Swap the options in half of "
-                "the questions, or pass allow_unbalanced_letters=True (--allow-unbalanced-letters)"
+                f"{path}: field 'answer_matching_behavior': answers are not balanced ({shares}): "
+                f"the vector would hold the answer {answer!r}. Swap the options in half of the "
+                "questions, or pass allow_unbalanced_letters=True (--allow-unbalanced-letters)"
             )
 
 
