@@ -10,6 +10,7 @@ from typing import Any
 
 import jaxtyping
 import torch
+from transformer_lens.hook_points import HookPoint
 
 from sae_steering_plugin.adapters.transformer_lens import is_bridge, resolve
 from sae_steering_plugin.types import Positions
@@ -36,16 +37,20 @@ def unchecked() -> Iterator[None]:
 
 
 def leftovers(model: Any) -> list[str]:
-    """What a test left on a model: forward hooks on any module, methods laid over the class's."""
-    inner = [("original_model.", model.original_model)] if is_bridge(model) else []
-    found = []
-    for prefix, root in [("", model), *inner]:
-        for name, module in root.named_modules():
-            if module._forward_hooks or module._forward_pre_hooks:
-                found.append(f"hook on {prefix}{name}")
+    """What a test left on a model: hooks on its hook points or on the wrapped model, methods laid
+    over the class's. (Transformers keeps hooks of its own on the parts it traces.)"""
+    found = [
+        f"hook on {name}"
+        for name, module in model.named_modules()
+        if isinstance(module, HookPoint) and (module._forward_hooks or module._forward_pre_hooks)
+    ]
+    inner = model.original_model if is_bridge(model) else model.embed
+    if inner._forward_hooks or inner._forward_pre_hooks:
+        found.append("hook on the wrapped model or the embedding")
+    for owner in (model, inner):
         for method in ("forward", "generate", "hf_generate", "generate_stream"):
-            if method in root.__dict__:
-                found.append(f"{prefix}{method} is laid over")
+            if method in owner.__dict__:
+                found.append(f"{type(owner).__name__}.{method} is laid over")
     return found
 
 
@@ -191,3 +196,32 @@ def _hooked_cache(model: Any, rows: int) -> Any:
     from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
     return TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, rows)
+
+
+@torch.no_grad()
+def slow_greedy(
+    model: Any,
+    row: list[int],
+    steps: int,
+    push: torch.Tensor | None = None,
+    rule: Positions | None = None,
+    *,
+    site: str = SITE,
+) -> list[int]:
+    """Greedy continuation of one unpadded text, the whole text again for each token, with `push`
+    added by a plain hook to the tokens a loop finds."""
+    text, bos = list(row), BOS
+    for _ in range(steps):
+        kept = kept_tokens(rule, text, len(row), bos=bos) if rule else [False] * len(text)
+        mask = torch.tensor(kept)[:, None]
+
+        def add(module: Any, arguments: Any, output: torch.Tensor, mask: Any = mask) -> Any:
+            return output if push is None else torch.where(mask, output + push, output)
+
+        handle = resolve(model, site).point.register_forward_hook(add)
+        try:
+            logits = model(torch.tensor([text]))
+        finally:
+            handle.remove()
+        text.append(int(logits[0, -1].argmax()))
+    return text[len(row) :]
