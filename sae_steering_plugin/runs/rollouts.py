@@ -235,6 +235,10 @@ class DoseResponse:
 
     `effects` and `baselines` were corrected together; `controls` are not part of that family.
     `rollouts` holds every transcript, base first, so any other outcome can be compared later.
+
+    A small p value says that an arm differs from the base, not that its direction matters: with
+    shared sampling noise a random push is told apart from none just as well (see
+    `share_significant` of `control_summary`). What the direction adds is `control_p` of `table`.
     """
 
     effects: tuple[Effect, ...]
@@ -275,30 +279,33 @@ class DoseResponse:
         )
 
     def table(self) -> pd.DataFrame:
-        """One row per effect and baseline, with the random directions' |d| beside it."""
+        """One row per effect and baseline, with the random directions of its strength beside it.
+
+        `control_p` is the rank of |d| among theirs, (1 + those at least as large) / (1 + seeds):
+        with ten seeds it cannot fall below 1/11. NaN where no random direction ran.
+        """
         import pandas as pd
 
-        rows = [
-            {"role": role, **one.to_dict()}
-            for role, family in (("vector", self.effects), ("baseline", self.baselines))
-            for one in family
-        ]
-        table = pd.DataFrame(rows)
-        beside = self.control_summary()[
-            ["positions", "strength", "seeds", "mean_abs_d", "max_abs_d"]
-        ]
-        beside = beside.rename(
-            columns={
-                "strength": "magnitude",
-                "seeds": "control_seeds",
-                "mean_abs_d": "control_mean_abs_d",
-                "max_abs_d": "control_max_abs_d",
-            }
+        family = [("vector", one) for one in self.effects]
+        family += [("baseline", one) for one in self.baselines]
+        return pd.DataFrame(
+            {"role": role, **one.to_dict(), **self.beside(one)} for role, one in family
         )
-        table["magnitude"] = table["strength"].abs()
-        return table.merge(beside, how="left", on=["positions", "magnitude"]).drop(
-            columns="magnitude"
-        )
+
+    def beside(self, one: Effect) -> dict[str, float]:
+        """How the random directions at an effect's positions and magnitude compare with it."""
+        sizes = [
+            abs(control.d)
+            for control in self.controls
+            if control.positions == one.positions and control.strength == abs(one.strength)
+        ]
+        larger = sum(size >= abs(one.d) for size in sizes)
+        return {
+            "control_seeds": len(sizes),
+            "control_mean_abs_d": sum(sizes) / len(sizes) if sizes else math.nan,
+            "control_max_abs_d": max(sizes, default=math.nan),
+            "control_p": (1 + larger) / (1 + len(sizes)) if sizes else math.nan,
+        }
 
     def best(self, *, sign: int = 1, valid: float = 0.95) -> Effect:
         """The largest effect in the direction of `sign` whose valid rate is at least `valid`.

@@ -484,6 +484,8 @@ def test_a_planted_effect_is_found_with_its_sign_and_random_directions_are_not()
     assert summary["mean_abs_d"] < up.d
     table = found.table()
     assert list(table["control_seeds"]) == [10, 10]
+    larger = sum(abs(one.d) >= abs(up.d) for one in found.controls)
+    assert table["control_p"].iloc[1] == (1 + larger) / 11 < 0.5
     assert found.best(sign=1) is up
 
 
@@ -526,7 +528,8 @@ def test_edits_of_one_s_own_can_be_swept():
     )  # fmt: skip
     assert found.effects[0].method == "mine"
     assert found.effects[0].d > 0
-    assert found.table()["control_seeds"].isna().all()
+    assert list(found.table()["control_seeds"]) == [0]
+    assert found.table()["control_p"].isna().all()
 
 
 def test_sweeps_that_cannot_be_compared_are_refused():
