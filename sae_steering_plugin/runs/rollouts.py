@@ -292,7 +292,7 @@ class DoseResponse:
             {"role": role, **one.to_dict(), **self.beside(one)} for role, one in family
         )
 
-    def beside(self, one: Effect) -> dict[str, float]:
+    def beside(self, one: Effect) -> dict[str, int | float]:
         """How the random directions at an effect's positions and magnitude compare with it."""
         sizes = [
             abs(control.d)
