@@ -284,8 +284,19 @@ def provenance(demo: Demo) -> str:
 
 
 def write_report(demo: Demo, folder: str | Path) -> Path:
-    """Write `report.html` into `folder`; the path written."""
+    """Write `report.html` and `dose_response.svg` into `folder`; the page's path."""
     path = Path(folder) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(demo_page(demo), encoding="utf-8")
+    (path.parent / "dose_response.svg").write_text(picture(demo) + "\n", encoding="utf-8")
     return path
+
+
+def picture(demo: Demo) -> str:
+    """One drawing of a run: the decoded probe's curve, the other methods, random directions."""
+    curve = [one for one in demo.curve if one.positions == demo.best.positions]
+    return dose_response_svg(
+        [*demo.headline[:1], *curve, *demo.headline[1:]],
+        demo.controls,
+        title=f"{demo.model}: {demo.trait}, n = {demo.best.n} held-out items",
+    )
