@@ -578,12 +578,12 @@ def steer(
     handles = []
     observer.hold()
     try:
-        for name, site in captures:
-            handles.append(site.point.register_forward_hook(_capturing(observer, name)))
         for program in programs:
             handles.append(program.site.point.register_forward_hook(_hook(program)))
             observer.checks.append(program.check)
             observer.before.append(program.alive)
+        for name, site in captures:  # behind the edits: a transcoder reads what flows on
+            handles.append(site.point.register_forward_hook(_capturing(observer, name)))
         yield record
         if require:
             _insist(record)
@@ -644,18 +644,18 @@ def fwd_hooks(
     """`[(hook_name, function)]` for `model.hooks(fwd_hooks=...)` and `run_with_hooks`.
 
     Names are canonical, so they fire once whatever was attached before. Each function carries
-    `.record`. Nothing checks at the end that it fired: `steer` does. Raises ValueError for a
-    transcoder, whose edit needs two hook points at once in step.
+    `.record`, and an edit of a transcoder's codes brings a second one that reads at its input.
+    Nothing checks at the end that it fired: `steer` does.
     """
     refuse_compiled(model)
     observer = Observer.of(model)
     programs, captures, record = _programs(model, as_edits(edits), observer, prompt_lengths, True)
     pairs: list[tuple[str, Callable[..., Tensor | None]]] = []
+    for program in programs:
+        pairs.append((program.site.name, _standing(program, record)))
     for name, _ in captures:
         capture = _capturing(observer, name)
         pairs.append((name, lambda x, hook, _capture=capture: _capture(hook, None, x)))
-    for program in programs:
-        pairs.append((program.site.name, _standing(program, record)))
     for _, function in pairs:
         observer.hold()
         weakref.finalize(function, observer.release)
