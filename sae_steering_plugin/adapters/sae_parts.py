@@ -27,6 +27,9 @@ WHOLE = {"matching_pursuit", "temporal"}
 KNOWN = RECTIFIED | THRESHOLDED | RANKED | LINEAR | WHOLE
 TRANSCODERS = {"transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"}
 
+RUN_TIME_SCALES = ("layer_norm", "constant_norm_rescale", "constant_scalar_rescale")
+"""SAELens's normalisations that stand at run time; the others are folded into the weights."""
+
 LAYER_NORM_EPS = 1e-5
 """SAELens adds this to the (unbiased) standard deviation on the way in and not on the way out."""
 
@@ -114,7 +117,9 @@ class SAEParts:
 
     `kind` tells how codes are found: `pointwise` needs only these latents' encoder columns, `topk`
     needs every pre-activation (membership is decided among all latents), `whole` calls `encode`.
-    `theta` are JumpReLU thresholds; `signed` latents may be negative (AbsTopK, steering vectors).
+    Dictionaries that rank all latents also hold the whole decoder `table` and the row `norms` it is
+    divided by (None: it is not). `theta` are JumpReLU thresholds; `signed` latents may be negative
+    (AbsTopK, steering vectors). `rescales` is True under run-time normalisation.
     """
 
     sae: Any
@@ -126,10 +131,14 @@ class SAEParts:
     k: int
     signed: bool
     rectified: bool
+    rescales: bool
+    table: Float[Tensor, "d_sae d_out"] | None
+    norms: Float[Tensor, " d_sae"] | None
     reads_context: bool
 
     def scale(self, x: Tensor) -> Tensor | None:
-        return normalised(self.sae, x)[1]
+        """The per-token factor of run-time normalisation; None where the SAE has none."""
+        return normalised(self.sae, x)[1] if self.rescales else None
 
 
 def parts_of(sae: Any, indices: Sequence[int], device: torch.device | str) -> SAEParts:
@@ -170,6 +179,9 @@ def parts_of(sae: Any, indices: Sequence[int], device: torch.device | str) -> SA
         k=k,
         signed=word in LINEAR or word == "abstopk",
         rectified=word in RECTIFIED,
+        table=sae.W_dec.detach().float().to(device) if kind == "topk" else None,
+        norms=_row_norms(sae, device) if kind == "topk" else None,
+        rescales=sae.cfg.normalize_activations in RUN_TIME_SCALES,
         reads_context=word == "temporal",
     )
 
@@ -180,11 +192,7 @@ def _pointwise(
     """`x -> codes of the chosen latents`; the encoder columns are copied once, transposed."""
     columns = sae.W_enc.detach()[:, here].float().T.contiguous().to(device)
     fold = sae.b_dec.detach().float().to(device) if sae.cfg.apply_b_dec_to_input else None
-    plain = sae.cfg.normalize_activations not in (
-        "layer_norm",
-        "constant_norm_rescale",
-        "constant_scalar_rescale",
-    )
+    plain = sae.cfg.normalize_activations not in RUN_TIME_SCALES
 
     def bias(name: str) -> Tensor:
         values = getattr(sae, name).detach().float()[here].to(device)
@@ -209,14 +217,21 @@ def _pointwise(
     if word in LINEAR:
         return lambda x: torch.nn.functional.linear(seen(x), columns, offset)
     if word in THRESHOLDED:
-        theta = sae.threshold.detach().float()[here].to(device)
+        bar = sae.threshold.detach().float()[here].clamp_min(0).to(device)
 
         def jumped(x: Tensor) -> Tensor:
             pre = torch.nn.functional.linear(seen(x), columns, offset)
-            return torch.relu(pre) * (pre > theta)
+            return torch.where(pre > bar, pre, 0.0)
 
         return jumped
     return lambda x: torch.relu(torch.nn.functional.linear(seen(x), columns, offset))
+
+
+def _row_norms(sae: Any, device: torch.device | str) -> Tensor | None:
+    """What activations are multiplied with and codes divided by; None without that option."""
+    if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        return None
+    return sae.W_dec.detach().float().norm(dim=-1).to(device)
 
 
 def _pre_activations(sae: Any, device: torch.device | str) -> Callable[[Tensor], Tensor]:
@@ -224,9 +239,7 @@ def _pre_activations(sae: Any, device: torch.device | str) -> Callable[[Tensor],
     members."""
     encoder = sae.W_enc.detach().float().to(device)
     offset = sae.b_enc.detach().float().to(device)
-    norms = None
-    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        norms = sae.W_dec.detach().float().norm(dim=-1).to(device)
+    norms = _row_norms(sae, device)
 
     def pre(x: Tensor) -> Tensor:
         hidden = normalised(sae, x)[0] @ encoder + offset
@@ -247,8 +260,8 @@ def own_nonlinearity(parts: SAEParts, word: str) -> Callable[[Tensor], Tensor]:
             "nonlinearity='relu' or 'none' to say which codes are allowed"
         )
     if parts.theta is not None:
-        theta = parts.theta
-        return lambda codes: codes * ((codes > theta) & (codes > 0))
+        bar = parts.theta.clamp_min(0)
+        return lambda codes: torch.where(codes > bar, codes, 0.0)
     if parts.signed:
         return lambda codes: codes
     return torch.relu

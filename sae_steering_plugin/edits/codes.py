@@ -17,11 +17,11 @@ shared/methods/sparse_activation_steering.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_steering_plugin.adapters.sae_parts import (
@@ -96,6 +96,9 @@ class Clamp:
     def batch_rows(self) -> int:
         return _rows_in(self.values)
 
+    def on(self, device: torch.device | str) -> Clamp:
+        return replace(self, values=_on(self.values, device))
+
     def edited(self, codes: Tensor) -> Tensor:
         return _per_row(self.values, codes).expand_as(codes)
 
@@ -134,6 +137,9 @@ class Scale:
     def batch_rows(self) -> int:
         return _rows_in(self.factor)
 
+    def on(self, device: torch.device | str) -> Scale:
+        return replace(self, factor=_on(self.factor, device))
+
     def edited(self, codes: Tensor) -> Tensor:
         return codes * _per_row(self.factor, codes)
 
@@ -166,6 +172,10 @@ class Ablate:
     @property
     def batch_rows(self) -> int:
         return 1
+
+    def on(self, device: torch.device | str) -> Ablate:
+        del device
+        return self
 
     def edited(self, codes: Tensor) -> Tensor:
         return torch.zeros_like(codes)
@@ -260,9 +270,13 @@ def _rows_in(values: float | Tensor) -> int:
     return values.shape[0] if values.ndim == 2 else 1
 
 
+def _on(values: float | Tensor, device: torch.device | str) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.float32, device=device)
+
+
 def _per_row(values: float | Tensor, codes: Tensor) -> Tensor:
     """Values shaped against codes `[batch, pos, feature]`."""
-    values = torch.as_tensor(values, dtype=codes.dtype, device=codes.device)
+    values = _on(values, codes.device)
     return values.unsqueeze(1) if values.ndim == 2 else values
 
 
@@ -277,8 +291,10 @@ class PreparedCodes:
 
     parts: SAEParts
     changes: tuple[CodeChange, ...]
-    columns: tuple[Tensor, ...]
-    amounts: tuple[Tensor, ...]
+    columns: tuple[Tensor | None, ...]
+    amounts: tuple[Tensor | None, ...]
+    added: Tensor | None
+    rule: Callable[[Tensor], Tensor]
     nonlinearity: Nonlinearity
     idle: bool
     constant: Tensor | None
@@ -287,68 +303,60 @@ class PreparedCodes:
     def __call__(
         self, x: Float[Tensor, "batch pos d_in"], keeps: Sequence[Tensor | None] | None = None
     ) -> Float[Tensor, "batch pos d_out"]:
-        keeps = [None] * len(self.changes) if keeps is None else keeps
         wide = x.float()
-        added = self._added(wide, keeps)
-        scale = self.parts.scale(wide)
+        added = self.added if keeps is None else self._added(keeps)
         if self.parts.kind == "topk":
             delta = self._ranked(wide, added, keeps)
         elif self.parts.kind == "whole":
             delta = self._whole(wide, added, keeps)
         else:
             codes = self.parts.encode_rows(wide)
-            edited = codes
-            if added is not None:
-                edited = self._rule()(codes + added)
-            edited = self._set(edited, keeps)
-            delta = (edited - codes) @ self.parts.rows
+            edited = codes if added is None else self.rule(codes + added)
+            delta = (self._set(edited, keeps) - codes) @ self.parts.rows
+        scale = self.parts.scale(wide)
         return delta if scale is None else delta * scale
 
-    def _rule(self) -> Callable[[Tensor], Tensor]:
-        if self.nonlinearity == "own":
-            return own_nonlinearity(self.parts, architecture(self.parts.sae))
-        return torch.relu if self.nonlinearity == "relu" else lambda codes: codes
-
-    def _added(self, x: Tensor, keeps: Sequence[Tensor | None]) -> Tensor | None:
+    def _added(self, keeps: Sequence[Tensor | None]) -> Tensor | None:
         """The summed SparseAdd amounts over the support, `[batch or 1, pos or 1, support]`."""
         total: Tensor | None = None
-        for change, column, amount, keep in zip(
-            self.changes, self.columns, self.amounts, keeps, strict=True
-        ):
-            if not isinstance(change, SparseAdd):
-                continue
-            spread = x.new_zeros(amount.shape[0], 1, len(self.parts.indices), dtype=torch.float32)
-            spread[..., column] = amount
-            spread = spread if keep is None else spread * keep
-            total = spread if total is None else total + spread
+        for amount, keep in zip(self.amounts, keeps, strict=True):
+            if amount is not None:
+                part = amount if keep is None else amount * keep
+                total = part if total is None else total + part
         return total
 
-    def _set(self, codes: Tensor, keeps: Sequence[Tensor | None]) -> Tensor:
+    def _set(self, codes: Tensor, keeps: Sequence[Tensor | None] | None) -> Tensor:
         """Scale, Clamp and Ablate over codes of the support, in the order given."""
-        for change, column, keep in zip(self.changes, self.columns, keeps, strict=True):
+        for i, (change, column) in enumerate(zip(self.changes, self.columns, strict=True)):
             if isinstance(change, SparseAdd):
                 continue
-            before = codes[..., column]
+            before = codes if column is None else codes[..., column]
             after = change.edited(before)
+            keep = None if keeps is None else keeps[i]
             if keep is not None:
                 after = torch.where(keep.bool(), after, before)
-            codes = codes.clone()
-            codes[..., column] = after
+            if column is None:
+                codes = after
+            else:
+                codes = codes.clone()
+                codes[..., column] = after
         return codes
 
-    def _ranked(self, x: Tensor, added: Tensor | None, keeps: Sequence[Tensor | None]) -> Tensor:
+    def _ranked(
+        self, x: Tensor, added: Tensor | None, keeps: Sequence[Tensor | None] | None
+    ) -> Tensor:
         """Top-k: the members compete again with the added amounts among k + support candidates."""
         parts = self.parts
+        width = len(parts.indices)
+        if not width:
+            return x.new_zeros(*x.shape[:-1], parts.rows.shape[-1])
         pre = parts.encode_rows(x)
         strongest = pre.abs() if parts.signed else pre
         chosen = torch.topk(strongest, parts.k, dim=-1, sorted=False).indices
         values = pre.gather(-1, chosen)
         values = values if parts.signed else torch.relu(values)
-        place = torch.full((parts.sae.W_dec.shape[0],), -1, dtype=torch.long, device=x.device)
-        place[parts.indices] = torch.arange(len(parts.indices), device=x.device)
-        slot = place[chosen]
-        member = slot >= 0
-        width = len(parts.indices)
+        slot = torch.searchsorted(parts.indices, chosen).clamp_max(width - 1)
+        member = parts.indices[slot] == chosen
         # scatter the members' codes into the support; non-members land in a spare column
         support = x.new_zeros(*x.shape[:-1], width + 1, dtype=torch.float32)
         support.scatter_(-1, torch.where(member, slot, width), values)
@@ -356,22 +364,21 @@ class PreparedCodes:
         edited = support
         outside = torch.zeros_like(values)
         if added is not None:
-            edited, outside = self._compete(support, values, slot, member, added)
+            edited, outside = self._compete(support, values, member, added)
         edited = self._set(edited, keeps)
         delta = (edited - support) @ parts.rows
         if added is None:
             return delta
-        return delta + _weighted_rows(parts.sae, chosen, outside)
+        assert parts.table is not None
+        return delta + _weighted_rows(parts.table, parts.norms, chosen, outside)
 
     def _compete(
-        self, support: Tensor, values: Tensor, slot: Tensor, member: Tensor, added: Tensor
+        self, support: Tensor, values: Tensor, member: Tensor, added: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Codes of the support after the competition, and the loss of each evicted outsider."""
-        del slot
         rivals = support + added
         if self.nonlinearity != "own":
-            rule = self._rule()
-            return rule(rivals), torch.zeros_like(values)
+            return self.rule(rivals), torch.zeros_like(values)
         others = values.masked_fill(member, 0.0)
         candidates = torch.cat([others, rivals], dim=-1)
         strength = candidates.abs() if self.parts.signed else candidates
@@ -382,7 +389,9 @@ class PreparedCodes:
         n = values.shape[-1]
         return kept[..., n:], kept[..., :n] - others
 
-    def _whole(self, x: Tensor, added: Tensor | None, keeps: Sequence[Tensor | None]) -> Tensor:
+    def _whole(
+        self, x: Tensor, added: Tensor | None, keeps: Sequence[Tensor | None] | None
+    ) -> Tensor:
         """Any other architecture: its own encode, then the difference through its rows."""
         parts = self.parts
         codes = parts.encode_rows(x)
@@ -400,7 +409,7 @@ class PreparedCodes:
                 everywhere = torch.relu(kept)
                 edited = everywhere[..., parts.indices]
             else:
-                edited = self._rule()(support + added)
+                edited = self.rule(support + added)
         edited = self._set(edited, keeps)
         delta = (edited - support) @ parts.rows
         if everywhere is None:
@@ -410,17 +419,18 @@ class PreparedCodes:
         return delta + lost @ decoder_rows(parts.sae).to(x.device)
 
 
-def _weighted_rows(sae: Any, chosen: Tensor, weights: Tensor) -> Tensor:
-    """sum_c weights[..., c] * rows[chosen[..., c]] without forming the gathered rows."""
-    width = chosen.shape[-1]
-    table = sae.W_dec.detach()
-    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        weights = weights / table.float().norm(dim=-1).to(weights.device)[chosen]
+def _weighted_rows(
+    table: Float[Tensor, "d_sae d_out"],
+    norms: Float[Tensor, " d_sae"] | None,
+    chosen: Int[Tensor, "*token k"],
+    weights: Float[Tensor, "*token k"],
+) -> Float[Tensor, "*token d_out"]:
+    """sum_c weights[..., c] * table[chosen[..., c]] / norms, without forming the gathered rows."""
+    if norms is not None:
+        weights = weights / norms[chosen]
+    k = chosen.shape[-1]
     summed = torch.nn.functional.embedding_bag(
-        chosen.reshape(-1, width),
-        table.float().to(weights.device),
-        per_sample_weights=weights.reshape(-1, width),
-        mode="sum",
+        chosen.reshape(-1, k), table, per_sample_weights=weights.reshape(-1, k), mode="sum"
     )
     return summed.reshape(*chosen.shape[:-1], -1)
 
@@ -441,24 +451,46 @@ def prepare_together(
     place = {j: i for i, j in enumerate(support)}
     parts = parts_of(sae, support, device)
     rule: Nonlinearity = rules.pop() if rules else "own"
-    prepared = PreparedCodes(
+    columns = [
+        torch.tensor([place[j] for j in c.support], dtype=torch.long, device=device)
+        for c in changes
+    ]
+    amounts = [
+        _spread(c.amounts(device), column, len(support)) if isinstance(c, SparseAdd) else None
+        for c, column in zip(changes, columns, strict=True)
+    ]
+    everywhere = [amount for amount in amounts if amount is not None]
+    return PreparedCodes(
         parts=parts,
-        changes=tuple(changes),
+        changes=tuple(c if isinstance(c, SparseAdd) else c.on(device) for c in changes),
         columns=tuple(
-            torch.tensor([place[j] for j in c.support], dtype=torch.long, device=device)
-            for c in changes
+            None if torch.equal(c, torch.arange(len(support), device=device)) else c
+            for c in columns
         ),
-        amounts=tuple(
-            c.amounts(device) if isinstance(c, SparseAdd) else torch.zeros(1, 1, 0) for c in changes
-        ),
+        amounts=tuple(amounts),
+        added=sum(everywhere[1:], everywhere[0]) if everywhere else None,
+        rule=_rule(parts, rule) if everywhere else lambda codes: codes,
         nonlinearity=rule,
         idle=all(change.idle for change in changes),
         constant=None,
         reads_context=parts.reads_context,
     )
-    if rules or any(isinstance(c, SparseAdd) for c in changes):
-        prepared._rule()  # an unknown nonlinearity is refused before any forward pass
-    return prepared
+
+
+def _spread(
+    amounts: Float[Tensor, "rows 1 feature"], column: Tensor, width: int
+) -> Float[Tensor, "rows 1 support"]:
+    """Amounts of one change written over the support of all."""
+    spread = amounts.new_zeros(amounts.shape[0], 1, width)
+    spread[..., column] = amounts
+    return spread
+
+
+def _rule(parts: SAEParts, nonlinearity: Nonlinearity) -> Callable[[Tensor], Tensor]:
+    """Which codes are allowed; an architecture whose own rule is unknown is a ValueError."""
+    if nonlinearity == "own":
+        return own_nonlinearity(parts, architecture(parts.sae))
+    return torch.relu if nonlinearity == "relu" else lambda codes: codes
 
 
 def constant_step(
@@ -472,10 +504,9 @@ def constant_step(
     """
     if not isinstance(change, SparseAdd):
         return None
-    normalisation = change.sae.cfg.normalize_activations
-    if normalisation in ("layer_norm", "constant_norm_rescale", "constant_scalar_rescale"):
-        return None
     parts = parts_of(change.sae, change.support, device)
+    if parts.rescales:
+        return None
     amounts = change.amounts(device).squeeze(1)
     plain = change.nonlinearity == "none" and parts.kind == "pointwise"
     passes = (amounts >= 0).all() and (
