@@ -9,6 +9,7 @@ see `edits.codes`). Edits of different sites act where they stand.
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -652,7 +653,11 @@ def fwd_hooks(
     programs, captures, record = _programs(model, as_edits(edits), observer, prompt_lengths, True)
     pairs: list[tuple[str, Callable[..., Tensor | None]]] = []
     for program in programs:
-        pairs.append((program.site.name, _standing(program, record)))
+        function = _standing(program, record)
+        pairs.append((program.site.name, function))
+        notice = _Notice(program)
+        observer.before.append(notice)
+        weakref.finalize(function, observer.before.remove, notice)
     for name, _ in captures:
         capture = _capturing(observer, name)
         pairs.append((name, lambda x, hook, _capture=capture: _capture(hook, None, x)))
@@ -660,6 +665,24 @@ def fwd_hooks(
         observer.hold()
         weakref.finalize(function, observer.release)
     return pairs
+
+
+@dataclass(eq=False)
+class _Notice:
+    """Warns once when the host has put another object where a list of pairs points to."""
+
+    program: Program
+    given: bool = False
+
+    def __call__(self) -> None:
+        if not self.given and not self.program.site.live:
+            self.given = True
+            warnings.warn(
+                f"fwd_hooks made for {self.program.site.name} no longer fire: the host has put "
+                "another object there (SAELens does so when an SAE is attached or detached). Call "
+                "fwd_hooks again after that",
+                stacklevel=2,
+            )
 
 
 def _standing(program: Program, record: SteeringRecord) -> Callable[..., Tensor | None]:

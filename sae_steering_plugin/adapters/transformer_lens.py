@@ -200,12 +200,13 @@ def _refuse_transcoder_input(model: Model, name: str) -> None:
 
 
 def refuse_compiled(model: Model) -> None:
-    """Raise RuntimeError for a compiled model: hooks added after compilation are silently
-    ignored."""
+    """Raise RuntimeError for a model with a compiled part: hooks added after compilation are
+    silently ignored."""
     dynamo = getattr(torch, "_dynamo", None)
-    wrapped = dynamo is not None and isinstance(model, dynamo.eval_frame.OptimizedModule)
-    inner = getattr(model, "original_model", None) if not wrapped else None
-    for module in (model, inner):
+    inner = getattr(model, "original_model", None)
+    root = inner if isinstance(inner, nn.Module) else model
+    for module in (model, *(root.modules() if isinstance(root, nn.Module) else ())):
+        wrapped = dynamo is not None and isinstance(module, dynamo.eval_frame.OptimizedModule)
         if wrapped or getattr(module, "_compiled_call_impl", None) is not None:
             raise RuntimeError(
                 "this model is compiled, and a compiled model ignores hooks added later: steer the "
