@@ -96,6 +96,9 @@ def run_contrast(
     n = min(len(contrast.positive), len(contrast.negative))
     high = encode_texts(model, contrast.positive[:n], prepend_bos=bos)
     low = encode_texts(model, contrast.negative[:n], prepend_bos=bos)
+    by_length = sorted(range(n), key=lambda i: len(high[i]) + len(low[i]))
+    back = torch.tensor(by_length).argsort()
+    high, low = ([side[i] for i in by_length] for side in (high, low))
     measured: dict[str, tuple[Tensor, Tensor]] = {}
     order = [*bare, *(arm for arm in arms if arm.edits)]
     for arm in tqdm(order, desc="held-out pairs", unit="arm", disable=not progress):
@@ -105,7 +108,7 @@ def run_contrast(
             value, fit = OUTCOMES[outcome](model, high[rows], low[rows], arm)
             values.append(value)
             nats.append(fit)
-        measured[arm.name] = torch.cat(values), torch.cat(nats)
+        measured[arm.name] = torch.cat(values)[back], torch.cat(nats)[back]
     base = measured[bare[0].name][1]
     return {
         arm.name: ContrastResult(

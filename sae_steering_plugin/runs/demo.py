@@ -58,16 +58,16 @@ from sae_steering_plugin.types import (
 class Budget:
     """How much the main job runs. Strengths are multiples of the mean residual norm at the site.
 
-    `controls` random directions run on the first `control_items` test items; the dose curve and the
-    position rules on the first `curve_items`.
+    All methods run on all `test` items at the chosen strength; `controls` random directions on the
+    first `control_items` of them, the dose curve and the position rules on the first `curve_items`.
     """
 
     pairs: int = 400
     validation: int = 60
     test: int = 200
     controls: int = 10
-    control_items: int = 200
-    curve_items: int = 200
+    control_items: int = 100
+    curve_items: int = 60
     strengths: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
     valid: float = 0.95
     max_new_tokens: int = 64
