@@ -167,3 +167,54 @@ def tokens_of_length(batch: int, length: int, *, seed: int = 0) -> torch.Tensor:
     """Random ordinary tokens `[batch length]` (never a special one)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, len(tiny_tokenizer()), (batch, length), generator=generator)
+
+
+def tiny_llama(*, n_ctx: int = 64, seed: int = 0) -> Any:
+    """An SAETransformerBridge around a random Llama with grouped-query attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return _tiny_rotary(LlamaForCausalLM, LlamaConfig, n_ctx, seed)
+
+
+def tiny_neox(*, n_ctx: int = 64, seed: int = 0) -> Any:
+    """An SAETransformerBridge around a random GPT-NeoX (Pythia): parallel blocks."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    return _tiny_rotary(GPTNeoXForCausalLM, GPTNeoXConfig, n_ctx, seed)
+
+
+def tiny_gemma2(*, n_ctx: int = 64, seed: int = 0) -> Any:
+    """An SAETransformerBridge around a random Gemma 2: a sliding window of 8, soft caps."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    return _tiny_rotary(Gemma2ForCausalLM, Gemma2Config, n_ctx, seed, sliding_window=8, head_dim=8)
+
+
+def _tiny_rotary(model_class: Any, config_class: Any, n_ctx: int, seed: int, **options: Any) -> Any:
+    from sae_lens import SAETransformerBridge
+
+    if model_class.__name__ != "GPTNeoXForCausalLM":
+        options["num_key_value_heads"] = 1
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = config_class(
+            vocab_size=len(tiny_tokenizer()),
+            hidden_size=D_MODEL,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=n_ctx,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            initializer_range=0.3,
+            **options,
+        )
+        model = model_class(config).eval()
+    model.config.architectures = [model_class.__name__]
+    return SAETransformerBridge.boot_transformers(
+        f"tiny-{model_class.__name__.lower()}",
+        hf_model=model,
+        tokenizer=tiny_tokenizer(),
+        device="cpu",
+    )
