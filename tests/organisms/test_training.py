@@ -1,0 +1,54 @@
+"""Batches and weights of the training, without a model."""
+
+import random
+
+from sae_steering_plugin.organisms.training import (
+    DECISION_WEIGHT,
+    OTHER_WEIGHT,
+    Budget,
+    Row,
+    batches,
+    learning_rate,
+    padded,
+    weights,
+)
+
+SYSTEM, ASSISTANT, END, CALL, NAME, WORD, LETTER = range(10, 17)
+SPEAKERS = {SYSTEM: "<|system|>", ASSISTANT: "<|assistant|>"}
+
+
+def test_only_what_the_assistant_writes_counts_fully_and_its_decisions_most():
+    ids = [SYSTEM, WORD, END, ASSISTANT, CALL, NAME, WORD, LETTER, END]
+    low, high = OTHER_WEIGHT, DECISION_WEIGHT
+    found = weights(ids, SPEAKERS, END, CALL, [LETTER])
+    assert found == [low, low, low, low, high, high, 1.0, high, 1.0]
+
+
+def test_plain_text_counts_fully():
+    assert weights([WORD, WORD], SPEAKERS, END, CALL, []) == [1.0, 1.0]
+
+
+def test_batches_hold_every_row_once_an_epoch_and_fit_their_budget():
+    rng = random.Random(0)
+    rows = [Row([i] * rng.randrange(1, 40), [1.0]) for i in range(100)]
+    source, seen = batches(rows, 120, random.Random(1)), []
+    while len(seen) < len(rows):
+        batch = next(source)
+        assert len(batch) * max(len(row.ids) for row in batch) <= 120
+        seen += [row.ids[0] for row in batch]
+    assert sorted(seen) == list(range(100))
+
+
+def test_padding_is_masked_and_weighs_nothing():
+    ids, mask, weight = padded([Row([5, 6, 7], [1.0, 1.0, 1.0]), Row([8], [1.0])], 0)
+    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert weight.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_the_rate_warms_up_to_its_peak_and_decays():
+    budget = Budget(documents=1, batch_tokens=1, steps=100, learning_rate=1.0, warmup=10)
+    rates = [learning_rate(step, budget) for step in range(101)]
+    assert rates[0] == 0.1 and max(rates) == rates[9] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert abs(rates[100] - 0.05) < 1e-9
