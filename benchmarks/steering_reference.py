@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -114,7 +115,7 @@ def measure(
     n: int = 256,
     seed: int = 0,
 ) -> list[Found]:
-    """All `chosen` arms as rows of one batch: `n` continuations each, each row with its own vector."""
+    """All `chosen` arms as rows of one batch: `n` continuations each, a vector per row."""
     from sae_steering_plugin.adapters.engine import generate
     from sae_steering_plugin.edits import Add
     from sae_steering_plugin.types import Edit
@@ -149,12 +150,17 @@ def nats_per_token(model: Any, tokens: Tensor, new: int) -> Tensor:
     return torch.cat(scores)
 
 
+def holds(text: str, word: str) -> bool:
+    """True when `word` stands in the text as a whole word, capitals or not."""
+    return re.search(rf"\b{word}\b", text.lower()) is not None
+
+
 def _beside(
     host: str, arm: Arm, texts: Sequence[str], nats: Tensor, n_reference: int, record: Any
 ) -> Found:
     from scipy.stats import binomtest, fisher_exact, norm
 
-    n, held = len(texts), sum(arm.word in text for text in texts)
+    n, held = len(texts), sum(holds(text, arm.word) for text in texts)
     told = round(arm.share * n_reference)
     interval = binomtest(held, n).proportion_ci(method="wilson")
     error = float(nats.std()) / n**0.5

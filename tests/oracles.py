@@ -153,10 +153,7 @@ def algorithm_2(sae: Any, a: torch.Tensor, added: torch.Tensor, rule: Any = None
     codes = sae.encode(a)
     moved = codes + added
     edited = torch.stack(
-        [
-            torch.stack([(rule or own_rule)(sae, token) for token in row])
-            for row in moved
-        ]
+        [torch.stack([(rule or own_rule)(sae, token) for token in row]) for row in moved]
     )
     return decoded(sae, a, edited) + (a - decoded(sae, a, codes))
 

@@ -54,9 +54,7 @@ def expected(data):
 def test_greedy_text_and_probabilities_are_those_measured(model, expected):
     ids = expected["greedy_ids"]
     length = len(expected["prompt_ids"])
-    out = generate(
-        model, expected["prompt"], max_new_tokens=len(ids) - length, stop_at_eos=False
-    )
+    out = generate(model, expected["prompt"], max_new_tokens=len(ids) - length, stop_at_eos=False)
     assert out.tokens[0].tolist() == ids
     with torch.no_grad():
         last = model(torch.tensor([expected["probe_ids"]]))[0, -1].softmax(-1)
@@ -112,7 +110,9 @@ def test_edits_of_real_codes_are_algorithm_2(model, data, name):
     tokens = model.to_tokens("Once upon a time there was a little girl. She", prepend_bos=True)
     site = sae.cfg.metadata.hook_name
     seen = []
-    handle = resolve(model, site).point.register_forward_hook(lambda m, a, x: seen.append(x.clone()))
+    handle = resolve(model, site).point.register_forward_hook(
+        lambda m, a, x: seen.append(x.clone())
+    )
     with torch.no_grad():
         model(tokens)
         codes = sae.encode(seen[0])

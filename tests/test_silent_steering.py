@@ -142,7 +142,9 @@ def test_compatibility_mode_after_attach_and_detach_steers_once():
 @both
 def test_an_sae_attached_inside_the_block_raises_instead_of_losing_the_edit(make):
     model = make()
-    with pytest.raises(SteeringError, match="replaced inside the steering block .* attach SAEs outside"):
+    with pytest.raises(
+        SteeringError, match="replaced inside the steering block .* attach SAEs outside"
+    ):
         with steer(model, EDIT), torch.no_grad():
             model(TOKENS)
             with model.saes(saes=[tiny_sae()]):
@@ -163,7 +165,9 @@ def test_pairs_made_before_an_sae_was_attached_give_a_warning(make):
     with torch.no_grad():
         wanted = model.run_with_hooks(TOKENS, fwd_hooks=pairs)
         model.add_sae(tiny_sae(), use_error_term=True)
-        with pytest.warns(UserWarning, match="no longer fire: the host has put another object there"):
+        with pytest.warns(
+            UserWarning, match="no longer fire: the host has put another object there"
+        ):
             model(TOKENS)
         model(TOKENS)  # once is enough
         pairs = fwd_hooks(model, EDIT)
@@ -190,7 +194,9 @@ def test_a_vector_acts_once_on_what_an_sae_without_error_term_lets_through(make)
     model, sae = make(), tiny_sae()
     with model.saes(saes=[sae], use_error_term=False):
         assert_steered_once(model)
-        with pytest.raises(ValueError, match="attached at .* without its error term.*use_error_term"):
+        with pytest.raises(
+            ValueError, match="attached at .* without its error term.*use_error_term"
+        ):
             _enter(steer(model, Edit(Clamp(sae, 3, 9.0))))
 
 
@@ -245,7 +251,9 @@ def test_a_compiled_model_is_refused(make):
     model = make()
     wrapped = torch.compile(model, backend="eager")
     for use in (steer, fwd_hooks):
-        with pytest.raises(RuntimeError, match="this model is compiled, and a compiled model ignores"):
+        with pytest.raises(
+            RuntimeError, match="this model is compiled, and a compiled model ignores"
+        ):
             _enter(use(wrapped, EDIT))
     with pytest.raises(RuntimeError, match="this model is compiled"):
         generate(wrapped, TOKENS, EDIT)
@@ -267,7 +275,9 @@ def test_a_block_compiled_in_place_is_refused():
 
 def test_the_embedding_under_generate_of_a_hooked_transformer_raises():
     model = tiny_hooked()
-    refused = pytest.raises(SteeringError, match="did not fire in a whole forward pass .*hook_resid_pre")
+    refused = pytest.raises(
+        SteeringError, match="did not fire in a whole forward pass .*hook_resid_pre"
+    )
     with refused, steer(model, Edit(Add(PUSH), "hook_embed")):
         model.generate(TOKENS, max_new_tokens=2, verbose=False)
     with steer(model, Edit(Add(PUSH), "blocks.0.hook_resid_pre")) as record:
@@ -284,7 +294,9 @@ def test_the_embedding_in_a_bare_pass_and_in_our_generate_steers_once(make):
     out = generate(model, TOKENS, edit, max_new_tokens=3, stop_at_eos=False)
     assert out.record.edits[0].fired == 3
     with steer(model, edit) as record:
-        for _ in model.generate_stream(TOKENS[:1], max_new_tokens=3, stop_at_eos=False, verbose=False):
+        for _ in model.generate_stream(
+            TOKENS[:1], max_new_tokens=3, stop_at_eos=False, verbose=False
+        ):
             pass
     assert record.edits[0].fired == 3
 
@@ -360,7 +372,9 @@ def test_bos_is_left_out_of_generate_whatever_the_host_does(make):
 )
 def test_a_gated_hook_point_is_refused_until_its_flag_is_on(make, site, flag):
     model = make()
-    with pytest.raises((ValueError, KeyError), match=f"fires only when model.cfg.{flag} is on|no hook"):
+    with pytest.raises(
+        (ValueError, KeyError), match=f"fires only when model.cfg.{flag} is on|no hook"
+    ):
         _enter(steer(model, Edit(Add(PUSH), site)))
     if make is tiny_hooked and site.endswith("mlp_in"):
         getattr(model, f"set_{flag}")(True)

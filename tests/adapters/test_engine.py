@@ -312,7 +312,9 @@ def test_a_temporal_dictionary_is_refused_under_a_cache_and_runs_without(name):
     edit = Edit(Clamp(sae, [3], 9.0), SITE)
     out = generate(model, TEXTS[:1], edit, max_new_tokens=3, cached=False, stop_at_eos=False)
     assert out.record.edits[0].tokens == len(ROWS[0]) - 1 + 2
-    with pytest.raises(SteeringError, match="a temporal SAE reads the earlier tokens .*cached=False"):
+    with pytest.raises(
+        SteeringError, match="a temporal SAE reads the earlier tokens .*cached=False"
+    ):
         generate(model, TEXTS[:1], edit, max_new_tokens=3, stop_at_eos=False)
 
 
@@ -508,9 +510,7 @@ def test_a_stop_string_ends_a_row_and_is_cut_away(name):
     model = shared_host(name)
     free = generate(model, TEXTS, max_new_tokens=STEPS, stop_at_eos=False)
     stop = model.tokenizer.decode(free.new_tokens[1][2:4])
-    out = generate(
-        model, TEXTS, max_new_tokens=STEPS, stop_at_eos=False, stop_strings=[stop]
-    )
+    out = generate(model, TEXTS, max_new_tokens=STEPS, stop_at_eos=False, stop_strings=[stop])
     assert out.texts[1] == free.texts[1][: free.texts[1].index(stop)]
     assert out.ended[1]
 

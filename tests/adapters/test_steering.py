@@ -164,7 +164,13 @@ def test_a_heads_site_takes_a_vector_over_all_heads(name):
             logits = model(TOKENS)
     step = (PUSH @ model.blocks[1].attn.W_O.reshape(D_MODEL, D_MODEL)).detach()
     same = plain_hooks(
-        model, [("blocks.1.hook_attn_out", lambda x: torch.cat([x[:, :3], x[:, 3:5] + step, x[:, 5:]], 1))]
+        model,
+        [
+            (
+                "blocks.1.hook_attn_out",
+                lambda x: torch.cat([x[:, :3], x[:, 3:5] + step, x[:, 5:]], 1),
+            )
+        ],
     )
     assert not torch.allclose(logits, base)
     torch.testing.assert_close(logits, same, rtol=1e-4, atol=1e-4)
@@ -201,7 +207,9 @@ def test_delta_form_equals_the_attached_form_with_error_term(name, word, kind):
         with steer(model, edits):
             ours = model(TOKENS)
         with model.saes(saes=[sae], use_error_term=True):
-            acts = f"{resolve(model, SITE).name.removesuffix('.hook_sae_output')}.hook_sae_acts_post"
+            acts = (
+                f"{resolve(model, SITE).name.removesuffix('.hook_sae_output')}.hook_sae_acts_post"
+            )
             with model.hooks(fwd_hooks=[(acts, edit_codes)]):
                 attached = model(TOKENS)
             with steer(model, edits) as record:
@@ -282,7 +290,9 @@ def test_a_transcoder_reads_what_an_edit_of_its_input_lets_through(name):
 @hosts
 def test_an_edit_of_codes_must_stand_where_its_dictionary_was_trained(name):
     model, sae = shared_host(name), tiny_sae("standard")
-    with pytest.raises(ValueError, match=r"was trained at 'blocks.0.hook_resid_post'; an edit of its"):
+    with pytest.raises(
+        ValueError, match=r"was trained at 'blocks.0.hook_resid_post'; an edit of its"
+    ):
         with steer(model, Edit(Ablate(sae, 3), LATER)):
             pass
     same_place = "blocks.1.hook_resid_pre"
@@ -528,7 +538,9 @@ def test_things_that_are_no_edits_are_refused(name):
     model = shared_host(name)
     with unchecked(), pytest.raises(TypeError, match="Tensor is not an edit: pass Edit"):
         as_edits([PUSH])
-    with pytest.raises(ValueError, match="Add does not know its hook point: pass hook_name= to Edit"):
+    with pytest.raises(
+        ValueError, match="Add does not know its hook point: pass hook_name= to Edit"
+    ):
         around(model, Add(PUSH))
     with pytest.raises(ValueError, match="the vector has 5 entries, the activation at .* has 16"):
         around(model, Edit(Add(torch.ones(5)), SITE))
@@ -552,7 +564,10 @@ def test_a_part_of_the_model_called_alone_is_refused(name):
 def test_prompt_lengths_are_one_or_one_per_row(name):
     model = shared_host(name)
     for given, wanted in ((3, [4, 4]), ([2, 5], [5, 2]), (torch.tensor([7, 1]), [0, 6])):
-        with torch.no_grad(), steer(model, Edit(Add(PUSH), SITE, DECODE), prompt_lengths=given) as r:
+        with (
+            torch.no_grad(),
+            steer(model, Edit(Add(PUSH), SITE, DECODE), prompt_lengths=given) as r,
+        ):
             model(TOKENS)
         assert sum(r.edits[0].tokens_per_row).tolist() == wanted
 

@@ -109,7 +109,9 @@ def test_post_of_a_layer_is_pre_of_the_next(make):
 @every_host
 def test_an_unknown_name_lists_the_nearest(make):
     model = make()
-    with pytest.raises(KeyError, match=r"no hook point 'blocks.0.hook_resid_psot'.*nearest are .*post"):
+    with pytest.raises(
+        KeyError, match=r"no hook point 'blocks.0.hook_resid_psot'.*nearest are .*post"
+    ):
         resolve(model, "blocks.0.hook_resid_psot")
     with pytest.raises(KeyError, match="the model has blocks 0 to 1"):
         resolve(model, "blocks.2.hook_resid_post")

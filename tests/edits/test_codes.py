@@ -178,9 +178,7 @@ def test_non_negative_amounts_on_relu_codes_are_a_constant_step(word):
     step = constant_step(change, CPU)
     assert step is not None
     torch.testing.assert_close(step[0], 0.7 * vector @ sae.W_dec.detach())
-    torch.testing.assert_close(
-        change.prepare(**F32)(x), step.expand_as(x), rtol=1e-5, atol=5e-6
-    )
+    torch.testing.assert_close(change.prepare(**F32)(x), step.expand_as(x), rtol=1e-5, atol=5e-6)
     assert constant_step(SparseAdd(sae, vector, -0.7), CPU) is None
     assert constant_step(SparseAdd(sae, signed_vector(), 0.7), CPU) is None
 
@@ -205,9 +203,7 @@ def test_jumprelu_is_a_constant_step_only_above_every_threshold():
     above, below = SparseAdd(sae, vector, 0.51), SparseAdd(sae, vector, 0.49)
     step = constant_step(above, CPU)
     assert step is not None
-    torch.testing.assert_close(
-        above.prepare(**F32)(x), step.expand_as(x), rtol=1e-5, atol=5e-6
-    )
+    torch.testing.assert_close(above.prepare(**F32)(x), step.expand_as(x), rtol=1e-5, atol=5e-6)
     assert constant_step(below, CPU) is None
     off = (sae.encode(x)[..., [4, 9]] == 0).all(dim=-1)
     assert off.any()
@@ -394,7 +390,9 @@ def test_a_vector_of_another_dictionary_is_refused():
         SparseAdd(sae, SteeringVector(torch.ones(D_MODEL), SITE, Recipe("x"), "plain"))
 
 
-@pytest.mark.parametrize("make", [Ablate, lambda s, f: Scale(s, f, 1.0), lambda s, f: Clamp(s, f, 1.0)])
+@pytest.mark.parametrize(
+    "make", [Ablate, lambda s, f: Scale(s, f, 1.0), lambda s, f: Clamp(s, f, 1.0)]
+)
 def test_features_outside_or_twice_or_none_are_refused(make):
     sae = sae_of("standard")
     with pytest.raises(ValueError, match=r"feature 32 is outside 0\.\.31 of this dictionary"):

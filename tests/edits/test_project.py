@@ -44,7 +44,10 @@ def test_only_the_span_counts():
     rows, x = basis(2), residual()
     mixed = torch.stack([rows[0] * 5 - rows[1], rows[0] * 1e-3 + rows[1] * 100])
     torch.testing.assert_close(
-        ProjectOut(mixed).prepare(**F32)(x), ProjectOut(rows).prepare(**F32)(x), rtol=1e-3, atol=1e-3
+        ProjectOut(mixed).prepare(**F32)(x),
+        ProjectOut(rows).prepare(**F32)(x),
+        rtol=1e-3,
+        atol=1e-3,
     )
 
 

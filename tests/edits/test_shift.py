@@ -70,7 +70,9 @@ def test_zero_is_idle_in_every_unit_even_without_figures():
 
 def test_strength_and_its_negative_mirror_each_other():
     for unit in ("raw", "unit", "norm", "max_activation"):
-        assert torch.equal(Add(vector(), 0.7, unit=unit).step(), -Add(vector(), -0.7, unit=unit).step())
+        assert torch.equal(
+            Add(vector(), 0.7, unit=unit).step(), -Add(vector(), -0.7, unit=unit).step()
+        )
 
 
 def test_the_step_is_float32_until_it_meets_the_activation():
@@ -97,7 +99,9 @@ def test_a_vector_without_length_has_no_direction():
     nothing = SteeringVector(torch.full((D_MODEL,), 1e-10), SITE, Recipe("test"), "noise")
     with pytest.raises(ValueError, match="'noise' has length .* it has no direction"):
         Add(nothing, 1.0, unit="unit")
-    with pytest.raises(ValueError, match="a vector of length zero has no direction; use unit='raw'"):
+    with pytest.raises(
+        ValueError, match="a vector of length zero has no direction; use unit='raw'"
+    ):
         Add(torch.zeros(D_MODEL), 1.0, unit="unit")
 
 
@@ -120,7 +124,9 @@ def test_numbers_that_are_not_finite_are_refused():
         Add(vector(), float("nan"))
     with pytest.raises(ValueError, match="the vector holds a value that is not finite"):
         Add(torch.full((D_MODEL,), float("inf")))
-    with pytest.raises(ValueError, match=r"strength has shape \(1, 2\); give one number or one per"):
+    with pytest.raises(
+        ValueError, match=r"strength has shape \(1, 2\); give one number or one per"
+    ):
         Add(vector(), torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"vector has shape \(1, 2, 16\); give \[d_model\] or"):
         Add(torch.ones(1, 2, D_MODEL))
