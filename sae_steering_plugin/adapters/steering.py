@@ -512,6 +512,7 @@ def _programs(
     records = []
     for edit in edits:
         site = resolve(model, edit.site)
+        refuse_compiled(model, site.name)
         read = _read_site(model, edit, site)
         if read is not None:
             captures[read.name] = read
@@ -571,7 +572,7 @@ def steer(
     that never fired or steered no token raises `SteeringError`, unless `require=False`. Nothing is
     left on the model.
     """
-    refuse_compiled(model)
+    refuse_compiled(model, "")
     observer = Observer.of(model)
     programs, captures, record = _programs(
         model, as_edits(edits), observer, prompt_lengths, measure
@@ -648,7 +649,7 @@ def fwd_hooks(
     `.record`, and an edit of a transcoder's codes brings a second one that reads at its input.
     Nothing checks at the end that it fired: `steer` does.
     """
-    refuse_compiled(model)
+    refuse_compiled(model, "")
     observer = Observer.of(model)
     programs, captures, record = _programs(model, as_edits(edits), observer, prompt_lengths, True)
     pairs: list[tuple[str, Callable[..., Tensor | None]]] = []

@@ -9,6 +9,7 @@ resolved at every entry and the object never kept, because leaving SAELens's `sa
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -114,7 +115,7 @@ def resolve(model: Model, hook_name: str) -> Site:
     Raises KeyError with the nearest names for an unknown hook point, ValueError for one that exists
     but cannot fire under the model's config, and TypeError for something that is not a host model.
     """
-    if not isinstance(model, nn.Module) or getattr(model, "hook_dict", None) is None:
+    if not isinstance(model, nn.Module) or not (is_bridge(model) or "hook_dict" in model.__dict__):
         raise TypeError(
             f"{type(model).__name__} has no hook points: pass a TransformerBridge or "
             "HookedTransformer "
@@ -199,19 +200,43 @@ def _refuse_transcoder_input(model: Model, name: str) -> None:
             )
 
 
-def refuse_compiled(model: Model) -> None:
+def refuse_compiled(model: Model, hook_name: str | None = None) -> None:
     """Raise RuntimeError for a model with a compiled part: hooks added after compilation are
-    silently ignored."""
+    silently ignored.
+
+    With the canonical name of a site only the parts around it are looked at, which costs the same
+    at any depth.
+    """
     dynamo = getattr(torch, "_dynamo", None)
     inner = getattr(model, "original_model", None)
     root = inner if isinstance(inner, nn.Module) else model
-    for module in (model, *(root.modules() if isinstance(root, nn.Module) else ())):
+    parts: Iterable[Any] = ()
+    if hook_name is not None:
+        parts = (inner, *_around(model, inner, hook_name))
+    elif isinstance(root, nn.Module):
+        parts = root.modules()
+    for module in (model, *parts):
         wrapped = dynamo is not None and isinstance(module, dynamo.eval_frame.OptimizedModule)
         if wrapped or getattr(module, "_compiled_call_impl", None) is not None:
             raise RuntimeError(
                 "this model is compiled, and a compiled model ignores hooks added later: steer the "
                 "uncompiled model (model._orig_mod, or build it again without compile())"
             )
+
+
+def _around(model: Model, inner: Any, hook_name: str) -> Iterator[Any]:
+    """The modules whose forward pass a hook point's own lies in, the wrapped model's among them."""
+    owner: Any = model
+    for step in hook_name.split(".")[:-1]:
+        owner = _child(owner, step)
+        yield owner
+        yield owner._modules.get("_original_component")
+        path = getattr(owner, "name", None)
+        if inner is not None and isinstance(path, str) and "." in path:
+            node = inner
+            for part in path.split("."):
+                node = _child(node, part)
+                yield node
 
 
 def same_place(model: Model, first: str, second: str) -> bool:
