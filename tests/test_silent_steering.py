@@ -1,5 +1,8 @@
-"""Every known way in which a host steers nothing, or twice, and says nothing: we steer exactly once
-or raise. One test per row of the table, with the host's own behaviour shown where it is the trap."""
+"""Every known way in which a host steers nothing, or twice, and says nothing: we steer exactly
+once or raise.
+
+One test per row of the table, with the host's own behaviour shown where it is the trap.
+"""
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ EDIT = Edit(Add(PUSH), SITE)
 
 @torch.no_grad()
 def assert_steered_once(model, edit=EDIT, tokens=TOKENS, push=PUSH):
-    """The residual that the next block reads has moved by the push, and the record says one pass."""
+    """The residual that the next block reads has moved by the push, in one recorded pass."""
     with seen_by_next_block(model) as before:
         model(tokens)
     with steer(model, edit) as record, seen_by_next_block(model) as after:
@@ -142,18 +145,24 @@ def test_compatibility_mode_after_attach_and_detach_steers_once():
 @both
 def test_an_sae_attached_inside_the_block_raises_instead_of_losing_the_edit(make):
     model = make()
-    with pytest.raises(
-        SteeringError, match="replaced inside the steering block .* attach SAEs outside"
+    with (
+        pytest.raises(
+            SteeringError, match="replaced inside the steering block .* attach SAEs outside"
+        ),
+        steer(model, EDIT),
+        torch.no_grad(),
     ):
-        with steer(model, EDIT), torch.no_grad():
+        model(TOKENS)
+        with model.saes(saes=[tiny_sae()]):
             model(TOKENS)
-            with model.saes(saes=[tiny_sae()]):
-                model(TOKENS)
-    with pytest.raises(SteeringError, match="replaced inside the steering block"):
-        with steer(model, EDIT), torch.no_grad():
-            with model.saes(saes=[tiny_sae()]):
-                pass
-            model(TOKENS)
+    with (
+        pytest.raises(SteeringError, match="replaced inside the steering block"),
+        steer(model, EDIT),
+        torch.no_grad(),
+    ):
+        with model.saes(saes=[tiny_sae()]):
+            pass
+        model(TOKENS)
     model.reset_saes()
     assert_steered_once(model)
 
@@ -235,9 +244,12 @@ def test_a_hook_left_on_a_detached_sae_does_not_reach_our_edits(make):
 @both
 def test_an_edit_on_a_dictionary_that_was_detached_acts_on_the_model(make):
     model, sae = make(), tiny_sae()
-    with model.saes(saes=[sae], use_error_term=True), torch.no_grad():
-        with steer(model, Edit(Clamp(sae, 3, 9.0))):
-            inside = model(TOKENS)
+    with (
+        model.saes(saes=[sae], use_error_term=True),
+        torch.no_grad(),
+        steer(model, Edit(Clamp(sae, 3, 9.0))),
+    ):
+        inside = model(TOKENS)
     with torch.no_grad(), steer(model, Edit(Clamp(sae, 3, 9.0))) as record:
         torch.testing.assert_close(model(TOKENS), inside, rtol=1e-4, atol=1e-4)
     assert record.edits[0].fired == 1
@@ -389,9 +401,11 @@ def test_the_input_of_an_attached_transcoder_is_refused(make):
     transcoder = tiny_sae("transcoder", apply_b_dec_to_input=False, d_out=D_MODEL)
     read = "blocks.0.ln2.hook_normalized"
     transcoder.cfg.metadata = SAEMetadata(hook_name=read, hook_name_out="blocks.0.hook_mlp_out")
-    with model.saes(saes=[transcoder]):
-        with pytest.raises(ValueError, match="is the input of an attached transcoder"):
-            _enter(steer(model, Edit(Add(PUSH), read)))
+    with (
+        model.saes(saes=[transcoder]),
+        pytest.raises(ValueError, match="is the input of an attached transcoder"),
+    ):
+        _enter(steer(model, Edit(Add(PUSH), read)))
     with steer(model, Edit(Add(PUSH), read)) as record, torch.no_grad():
         model(TOKENS)
     assert record.edits[0].fired == 1
@@ -410,12 +424,15 @@ def test_reset_hooks_inside_the_block_does_not_take_the_edit_away(make):
 def test_a_site_that_a_pass_skips_is_noticed(make):
     model = make()
     head = resolve(model, "blocks.0.hook_resid_mid").point
-    with pytest.raises(SteeringError, match="did not fire in a whole forward pass"):
-        with steer(model, Edit(Add(PUSH), "blocks.0.hook_resid_mid")), torch.no_grad():
-            around = head.forward
-            head.__class__.__call__, kept = (lambda self, x: x), head.__class__.__call__
-            try:
-                model(TOKENS)
-            finally:
-                head.__class__.__call__ = kept
-                head.forward = around
+    with (
+        pytest.raises(SteeringError, match="did not fire in a whole forward pass"),
+        steer(model, Edit(Add(PUSH), "blocks.0.hook_resid_mid")),
+        torch.no_grad(),
+    ):
+        around = head.forward
+        head.__class__.__call__, kept = (lambda self, x: x), head.__class__.__call__
+        try:
+            model(TOKENS)
+        finally:
+            head.__class__.__call__ = kept
+            head.forward = around

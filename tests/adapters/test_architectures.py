@@ -50,9 +50,13 @@ def nothing_is_left(name):
 def test_the_edit_moves_the_wanted_tokens_and_no_other(name, rule):
     model = model_of(name)
     tokens, mask = padded_batch(ROWS, "left")
-    with tapped(model) as before, steer(model, Edit(Add(PUSH), SITE, rule), require=False):
-        with tapped(model) as after, torch.no_grad():
-            model(tokens, attention_mask=mask)
+    with (
+        tapped(model) as before,
+        steer(model, Edit(Add(PUSH), SITE, rule), require=False),
+        tapped(model) as after,
+        torch.no_grad(),
+    ):
+        model(tokens, attention_mask=mask)
     kept = kept_batch(rule, tokens, mask, [len(row) for row in ROWS])
     assert torch.equal(after[0], torch.where(kept[..., None], before[0] + PUSH, before[0]))
 

@@ -213,10 +213,14 @@ def test_a_conversation_that_grows_keeps_the_prompt_it_was_told(name):
     model = shared_host(name)
     tokens = torch.tensor([[BOS, *range(5, 14)]])
     edit = Edit(Add(PUSH), SITE, DECODE)
-    with tapped(model) as before, steer(model, edit, prompt_lengths=3), tapped(model) as after:
-        with torch.no_grad():
-            for turn in (4, 7, 10):  # each turn feeds the whole conversation again
-                model(tokens[:, :turn])
+    with (
+        tapped(model) as before,
+        steer(model, edit, prompt_lengths=3),
+        tapped(model) as after,
+        torch.no_grad(),
+    ):
+        for turn in (4, 7, 10):  # each turn feeds the whole conversation again
+            model(tokens[:, :turn])
     for turn, b, a in zip((4, 7, 10), before, after, strict=True):
         assert_pushed(b, a, torch.tensor([[i >= 3 for i in range(turn)]]))
 

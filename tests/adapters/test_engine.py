@@ -270,16 +270,19 @@ def log_probability(row, new, rule):
 def test_several_samples_of_a_prompt_are_steered_each():
     model = shared_host("bridge")
     tokens, mask = padded_batch(ROWS, "left")
-    with tapped(model) as before, steer(model, Edit(Add(PUSH), SITE)) as record:
-        with tapped(model) as after:
-            model.original_model.generate(
-                input_ids=tokens,
-                attention_mask=mask,
-                max_new_tokens=3,
-                do_sample=True,
-                eos_token_id=None,
-                num_return_sequences=2,
-            )
+    with (
+        tapped(model) as before,
+        steer(model, Edit(Add(PUSH), SITE)) as record,
+        tapped(model) as after,
+    ):
+        model.original_model.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            max_new_tokens=3,
+            do_sample=True,
+            eos_token_id=None,
+            num_return_sequences=2,
+        )
     assert sum(record.edits[0].tokens_per_row).tolist() == [
         len(row) - 1 + 2 for row in ROWS for _ in range(2)
     ]
@@ -467,9 +470,13 @@ def test_bfloat16_models_keep_their_dtype(make):
     sae = tiny_sae("jumprelu")
     changes = [Add(PUSH), ProjectOut(PUSH), *code_edits(sae).values()]
     for change in changes:
-        with tapped(model) as before, steer(model, Edit(change, SITE)):
-            with tapped(model) as after, torch.no_grad():
-                logits = model(torch.tensor([ROWS[1]]))
+        with (
+            tapped(model) as before,
+            steer(model, Edit(change, SITE)),
+            tapped(model) as after,
+            torch.no_grad(),
+        ):
+            logits = model(torch.tensor([ROWS[1]]))
         assert logits.dtype == after[0].dtype == torch.bfloat16
         assert torch.equal(after[0][:, 0], before[0][:, 0])
         assert not torch.equal(after[0], before[0])

@@ -43,9 +43,12 @@ def vector(seed=0, **recipe):
 @torch.no_grad()
 def around(model, edits, tokens=TOKENS, site=SITE, **options):
     """Activations before and after the edits at a site, the logits, and the record."""
-    with tapped(model, site) as before, steer(model, edits, **options) as record:
-        with tapped(model, site) as after:
-            logits = model(tokens)
+    with (
+        tapped(model, site) as before,
+        steer(model, edits, **options) as record,
+        tapped(model, site) as after,
+    ):
+        logits = model(tokens)
     return before[0], after[0], logits, record
 
 
@@ -290,11 +293,13 @@ def test_a_transcoder_reads_what_an_edit_of_its_input_lets_through(name):
 @hosts
 def test_an_edit_of_codes_must_stand_where_its_dictionary_was_trained(name):
     model, sae = shared_host(name), tiny_sae("standard")
-    with pytest.raises(
-        ValueError, match=r"was trained at 'blocks.0.hook_resid_post'; an edit of its"
+    with (
+        pytest.raises(
+            ValueError, match=r"was trained at 'blocks.0.hook_resid_post'; an edit of its"
+        ),
+        steer(model, Edit(Ablate(sae, 3), LATER)),
     ):
-        with steer(model, Edit(Ablate(sae, 3), LATER)):
-            pass
+        pass
     same_place = "blocks.1.hook_resid_pre"
     with torch.no_grad():
         with steer(model, Edit(Clamp(sae, 3, 5.0), same_place)):
@@ -304,9 +309,12 @@ def test_an_edit_of_codes_must_stand_where_its_dictionary_was_trained(name):
     torch.testing.assert_close(here, there)
     nowhere = tiny_sae("standard")
     nowhere.cfg.metadata = SAEMetadata()
-    with pytest.raises(ValueError, match="does not say where it was trained: set"):
-        with unchecked(), steer(model, Ablate(nowhere, 3)):
-            pass
+    with (
+        pytest.raises(ValueError, match="does not say where it was trained: set"),
+        unchecked(),
+        steer(model, Ablate(nowhere, 3)),
+    ):
+        pass
 
 
 # --- what the host offers besides
@@ -386,14 +394,14 @@ def test_a_vector_trains_through_the_edit_as_through_a_plain_hook(make):
     model = make()
     trained = torch.zeros(D_MODEL, requires_grad=True)
     optimiser = torch.optim.SGD([trained], lr=0.5)
-    losses = []
+    losses, gradients = [], []
     with steer(model, Edit(Add(trained), SITE)):
         for _ in range(4):
             loss = model(TOKENS)[:, -1, 7].mean().neg()
             optimiser.zero_grad()
             loss.backward()
             losses.append(float(loss.detach()))
-            first = trained.grad.clone() if len(losses) == 1 else first
+            gradients.append(trained.grad.clone())
             optimiser.step()
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
     plain = torch.zeros(D_MODEL, requires_grad=True)
@@ -402,7 +410,7 @@ def test_a_vector_trains_through_the_edit_as_through_a_plain_hook(make):
     )
     model(TOKENS)[:, -1, 7].mean().neg().backward()
     handle.remove()
-    torch.testing.assert_close(first, plain.grad)
+    torch.testing.assert_close(gradients[0], plain.grad)
 
 
 @fresh
@@ -517,9 +525,11 @@ def test_an_exception_in_generate_leaves_nothing(name):
 @hosts
 def test_an_edit_that_never_fired_or_steered_nothing_raises_at_exit(name):
     model = shared_host(name)
-    with pytest.raises(SteeringError, match="never fired: no forward pass of this model ran"):
-        with steer(model, Edit(Add(PUSH), SITE)):
-            pass
+    with (
+        pytest.raises(SteeringError, match="never fired: no forward pass of this model ran"),
+        steer(model, Edit(Add(PUSH), SITE)),
+    ):
+        pass
     with pytest.raises(SteeringError, match=r"fired in 1 passes and steered no token: .*all\[9:\]"):
         around(model, Edit(Add(PUSH), SITE, Positions(9)))
     with pytest.raises(SteeringError, match="decode needs max_new_tokens >= 2"):
