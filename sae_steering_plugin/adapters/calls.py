@@ -55,6 +55,18 @@ class Sequence:
     prompt_length: Tensor
     stop_ids: tuple[int, ...] = ()
     fed: list[Tensor] = field(default_factory=list)
+    _counted: tuple[Tensor | None, int, int] = (None, 0, 0)
+
+    def numbers(self, columns: int) -> tuple[int, int]:
+        """The smallest and the largest number, over rows, of the real token that follows
+        `columns` columns, which reach at least to the last column of `real`."""
+        counted, fewest, most = self._counted
+        if counted is not self.real:
+            counts = self.real.sum(dim=1)
+            fewest, most = int(counts.min()), int(counts.max())
+            self._counted = (self.real, fewest, most)
+        later = columns - self.real.shape[1]
+        return fewest + later, most + later
 
     def real_so_far(self, columns: int) -> Tensor:
         known = self.real[:, :columns]
@@ -79,6 +91,19 @@ class Scope:
     stop_ids: tuple[int, ...] = ()
     sequence: Sequence | None = None
     embedded: list[Tensor] = field(default_factory=list)
+
+
+def wanted_number(positions: Positions, first: int, last: int) -> bool | None:
+    """Whether decoded tokens numbered `first` to `last`, one per row, are wanted; None when it
+    differs among the rows. No decoded token is a leading BOS unless `first` is 0."""
+    stop = positions.stop
+    if positions.phase == "prefill" or (stop is not None and stop < 0):
+        return False
+    if positions.start > last or (stop is not None and stop <= first):
+        return False
+    if first > 0 and positions.start <= first and (stop is None or stop > last):
+        return True
+    return None
 
 
 def behind_prompt(positions: Positions) -> bool | None:
@@ -148,6 +173,8 @@ class Frame:
         wanted: Tensor | bool | None = None
         if self.decode_step and x.shape[1] == 1:
             wanted = behind_prompt(positions)
+            if wanted is None and self.sequence.real.shape[1] <= self.cached:
+                wanted = wanted_number(positions, *self.sequence.numbers(self.cached))
         if wanted is None:
             wanted = self._mask(positions, x)
         if rows is None or wanted is False:

@@ -185,7 +185,7 @@ class Program:
             if frame.decode_step and self._fits(x) and self._noted(frame):
                 if self._constant:
                     return None if self._step is None else x + self._step
-                return self._sum(x, x, self._decoding, frame)
+                return self._sum(x, x, self._decoding, frame, {})
         flat = x.flatten(2) if x.ndim > 3 else x
         if self._ready is None or self._ready != (flat.dtype, flat.device):
             self._prepare(flat)
@@ -195,8 +195,9 @@ class Program:
         if flat.shape[0] not in self._rows_checked:
             self._check_rows(flat.shape[0])
         keeps = self._keeps(frame, flat)
-        self._note(frame, keeps, flat)
-        return self._sum(x, flat, keeps, frame)
+        changes: dict[int, Tensor | None] = {}
+        self._note(frame, keeps, flat, changes)
+        return self._sum(x, flat, keeps, frame, changes)
 
     def _fits(self, x: Tensor) -> bool:
         """True when everything prepared is right for this activation."""
@@ -245,7 +246,7 @@ class Program:
         keeps = self._keeps(frame, batch)
         if any(keep is not False for keep in keeps):
             raise SteeringError(f"{self.site.name} would steer rows that were computed as one")
-        self._note(frame, keeps, batch)
+        self._note(frame, keeps, batch, {})
 
     def _count(self, frame: Frame) -> None:
         if self not in frame.fired:
@@ -259,8 +260,15 @@ class Program:
             )
 
     def _sum(
-        self, x: Tensor, flat: Tensor, keeps: list[Tensor | bool], frame: Frame
+        self,
+        x: Tensor,
+        flat: Tensor,
+        keeps: list[Tensor | bool],
+        frame: Frame,
+        changes: dict[int, Tensor | None],
     ) -> Tensor | None:
+        """`x` with all edits added; None when nothing moves. `changes` holds what of the edits has
+        been worked out already, by the number of the edit."""
         out, moved = flat, False
         wide: Tensor | None = None
         for index, constant, prepared in self._singles:
@@ -275,11 +283,14 @@ class Program:
                     else torch.addcmul(out, keep.to(out.dtype), constant)
                 )
                 continue
-            change = prepared(flat).float()
+            found = changes.get(index)
+            change = prepared(flat).float() if found is None else found
             change = change if keep is True else torch.where(keep, change, 0.0)
             wide = change if wide is None else wide + change
         for members, group, read in self._groups:
-            part = self._group_change(members, group, read, keeps, flat, frame)
+            part = changes.get(members[0])
+            if part is None:
+                part = self._group_change(members, group, read, keeps, flat, frame)
             if part is not None:
                 wide = part if wide is None else wide + part
         if wide is not None:
@@ -381,10 +392,17 @@ class Program:
                 )
         self._rows_checked.add(batch)
 
-    def _note(self, frame: Frame, keeps: list[Tensor | bool], flat: Tensor) -> None:
+    def _note(
+        self,
+        frame: Frame,
+        keeps: list[Tensor | bool],
+        flat: Tensor,
+        changes: dict[int, Tensor | None],
+    ) -> None:
+        """Write down which tokens are steered, and how far where that is measured."""
         assert frame.sequence is not None
         key = frame.scope if frame.scope is not None else frame.sequence
-        for record, keep in zip(self.records, keeps, strict=True):
+        for index, (record, keep) in enumerate(zip(self.records, keeps, strict=True)):
             if frame.decode_step:
                 if keep is not False:
                     _steps_of(record, frame).append(_step_note(frame, keep, flat))
@@ -393,34 +411,32 @@ class Program:
                 before = record._tokens.get(key) if frame.cached else None
                 record._tokens[key] = counts if before is None else before + counts
             if self.measure and keep is not False and (not frame.decode_step or not record._sums):
-                self._measure(record, keep, flat, frame)
-
-    def _measure(self, record: EditRecord, keep: Tensor | bool, flat: Tensor, frame: Frame) -> None:
-        with torch.no_grad():
-            weights = flat.new_ones(*flat.shape[:2], 1, dtype=torch.float32)
-            if isinstance(keep, Tensor):
-                weights = keep.float()
-            lengths = flat.detach().float().norm(dim=-1, keepdim=True)
-            change = self._change_of(record, flat.detach(), keep, frame)
-            moved = (
-                change.norm(dim=-1, keepdim=True)
-                if change is not None
-                else torch.zeros_like(lengths)
-            )
-            record._sums.append(((moved * weights).sum(), (lengths * weights).sum(), weights.sum()))
+                change = self._change_of(index, flat, keep, frame, changes)
+                record._sums.append(_lengths(change, flat, keep))
 
     def _change_of(
-        self, record: EditRecord, flat: Tensor, keep: Tensor | bool, frame: Frame
+        self,
+        index: int,
+        flat: Tensor,
+        keep: Tensor | bool,
+        frame: Frame,
+        changes: dict[int, Tensor | None],
     ) -> Tensor | None:
-        index = self.records.index(record)
+        """What one edit adds; kept in `changes` where that is part of the sum as it stands."""
         for i, constant, prepared in self._singles:
             if i == index:
-                return (constant if constant is not None else prepared(flat)).detach().float()
+                if constant is not None:
+                    return constant
+                changes[i] = prepared(flat).float()
+                return changes[i]
         for members, group, read in self._groups:
             if index in members:
                 keeps: list[Tensor | bool] = [False] * len(self.edits)
                 keeps[index] = keep
-                return self._group_change(members, group, read, keeps, flat, frame)
+                change = self._group_change(members, group, read, keeps, flat, frame)
+                if len(members) == 1:
+                    changes[index] = change
+                return change
         return None
 
     def check(self, frame: Frame) -> None:
@@ -449,6 +465,23 @@ def _steps_of(record: EditRecord, frame: Frame) -> list[Any]:
     assert frame.sequence is not None
     key = frame.scope if frame.scope is not None else frame.sequence
     return record._steps.setdefault(key, (frame.sequence, []))[1]
+
+
+def _lengths(
+    change: Tensor | None, flat: Tensor, keep: Tensor | bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed lengths of the change and of the residual over the steered tokens, and their
+    number."""
+    with torch.no_grad():
+        before = flat.float().norm(dim=-1, keepdim=True)
+        moved = torch.zeros_like(before[:1, :1])
+        if change is not None:
+            moved = change.float().norm(dim=-1, keepdim=True)
+        if keep is True:
+            number = torch.tensor(float(before.numel()))
+            return moved.expand_as(before).sum(), before.sum(), number
+        weights = torch.as_tensor(keep, device=flat.device).float()
+        return (moved * weights).sum(), (before * weights).sum(), weights.sum()
 
 
 def _step_note(frame: Frame, keep: Tensor | bool, flat: Tensor) -> tuple[int, Tensor | None]:
