@@ -46,6 +46,18 @@ def tiny_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(folder)  # a reload gives the tokenizer its name_or_path
 
 
+@cache
+def gpt2_tokenizer() -> Any:
+    """The tiny tokenizer with one token, id 1, for padding, begin and end, as GPT-2 has."""
+    from transformers import AutoTokenizer
+
+    shared = type(tiny_tokenizer()).from_pretrained(tiny_tokenizer().name_or_path)
+    shared.pad_token = shared.eos_token = "<bos>"
+    folder = tempfile.mkdtemp(prefix="tiny_tokenizer_")
+    shared.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def tiny_hooked(*, n_ctx: int = 64, seed: int = 0) -> Any:
     """A HookedSAETransformer with random weights, learned positions and the tiny tokenizer."""
     from sae_lens import HookedSAETransformer
@@ -101,7 +113,8 @@ def tiny_hf(*, n_ctx: int = 64, seed: int = 0) -> Any:
 
 
 def tiny_qwen_moe(*, n_ctx: int = 64, seed: int = 0) -> Any:
-    """An SAETransformerBridge around a random Qwen3.5-MoE: three GatedDeltaNet layers, one attention."""
+    """An SAETransformerBridge around a random Qwen3.5-MoE: three GatedDeltaNet layers, then one of
+    attention."""
     from sae_lens import SAETransformerBridge
     from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 

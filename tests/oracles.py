@@ -184,12 +184,13 @@ def fed_by_hand(
             cache = out.past_key_values
         else:
             if cache is None:
-                cache = _hooked_cache(model, len(tokens))
+                cache = hooked_cache(model, len(tokens))
             part = None if mask is None else mask[:, start:end]
             model(tokens[:, start:end], attention_mask=part, past_kv_cache=cache)
 
 
-def _hooked_cache(model: Any, rows: int) -> Any:
+def hooked_cache(model: Any, rows: int) -> Any:
+    """An empty cache of a HookedTransformer."""
     from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
     return TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, rows)

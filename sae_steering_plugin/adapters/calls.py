@@ -327,6 +327,7 @@ class Observer:
         self.member: Tensor | None = None
         self.scopes: list[Scope] = []
         self.users = 0
+        self.installed = 0
         self.checks: list[Callable[[Frame], None]] = []
         self.before: list[Callable[[], None]] = []
         self.on_generate: list[Callable[[], None]] = []
@@ -422,6 +423,7 @@ class Observer:
         return leading | trailing
 
     def _install(self) -> None:
+        self.installed += 1
         model = self.model()
         assert model is not None
         if self.bridge:
@@ -488,7 +490,13 @@ class Observer:
         def generate_stream(*arguments: Any, **named: Any) -> Iterator[Any]:
             scope = self._scope(arguments, named)
             stream = original(*arguments, **named)
+            installed = self.installed
             while True:
+                if self.users == 0 or self.installed != installed:
+                    raise RuntimeError(
+                        "the steering block in which this stream began is over, and the rest would "
+                        "be unsteered: take all of the stream inside the block"
+                    )
                 self.scopes.append(scope)
                 try:
                     item = next(stream)

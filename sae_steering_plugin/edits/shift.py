@@ -53,6 +53,12 @@ class Add:
                     f"a bare tensor has no recipe, so strength cannot be in {self.unit!r}; "
                     "use unit='raw' or 'unit', or pass a SteeringVector"
                 )
+            rows = self.vector.reshape(-1, self.vector.shape[-1]).shape[0]
+            if values.numel() > 1 and rows not in (1, values.numel()):
+                raise ValueError(
+                    f"{values.numel()} strengths were given for {rows} vectors: give one strength, "
+                    "or one per row"
+                )
         self._multiplier()
 
     @property

@@ -6,12 +6,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sae_steering_plugin.adapters.steering import steer
+from sae_steering_plugin.adapters.transformer_lens import is_bridge
 from sae_steering_plugin.edits import Add, Clamp
 from sae_steering_plugin.types import ALL, DECODE, LAST, PREFILL, Edit, Positions
 from tests.hosts import D_MODEL, SITE, tiny_sae
 from tests.oracles import (
     BOS,
     fed_by_hand,
+    hooked_cache,
     kept_batch,
     padded_batch,
     shared_host,
@@ -113,6 +115,18 @@ def test_the_first_pass_on_an_empty_cache_is_the_prompt(name, feeding, rule):
 
 @hosts
 @settings(max_examples=EXAMPLES // 2, deadline=None)
+@given(feeding=feedings(), rule=rules(), cached=st.booleans(), data=st.data())
+def test_a_prompt_may_end_anywhere_the_caller_says(name, feeding, rule, cached, data):
+    rows = len(feeding.tokens)
+    lengths = data.draw(st.lists(st.integers(1, 10), min_size=rows, max_size=rows))
+    kept = kept_batch(rule, feeding.tokens, feeding.mask, lengths)
+    edit = Edit(Add(PUSH), SITE, rule)
+    before, after, _ = run(name, feeding, edit, cached=cached, prompt_lengths=lengths)
+    assert_pushed(before, after, kept)
+
+
+@hosts
+@settings(max_examples=EXAMPLES // 2, deadline=None)
 @given(feeding=feedings(), rule=rules())
 def test_uncached_feeding_steers_the_tokens_that_cached_feeding_steers(name, feeding, rule):
     lengths = feeding.prompt_lengths
@@ -192,9 +206,6 @@ def test_interleaved_texts_keep_their_own_counts(name):
 
 def _started(model, tokens):
     """A text on its own cache; calling it feeds more tokens."""
-    from sae_steering_plugin.adapters.transformer_lens import is_bridge
-    from tests.oracles import _hooked_cache
-
     if is_bridge(model):
         state = {"cache": model.original_model(tokens, use_cache=True).past_key_values}
 
@@ -203,7 +214,7 @@ def _started(model, tokens):
             state["cache"] = out.past_key_values
 
         return more
-    cache = _hooked_cache(model, len(tokens))
+    cache = hooked_cache(model, len(tokens))
     model(tokens, past_kv_cache=cache)
     return lambda chunk: model(chunk, past_kv_cache=cache)
 

@@ -1,16 +1,27 @@
 import pytest
 import torch
+from sae_lens import HookedSAETransformer, SAETransformerBridge
 
 from sae_steering_plugin.adapters.engine import encode_prompts, generate
 from sae_steering_plugin.adapters.steering import SteeringError, steer
 from sae_steering_plugin.adapters.transformer_lens import is_bridge
 from sae_steering_plugin.edits import Ablate, Add, Clamp, ProjectOut, Scale, SparseAdd
-from sae_steering_plugin.types import ALL, DECODE, LAST, PREFILL, Edit, Positions
-from tests.hosts import D_MODEL, SITE, tiny_bridge, tiny_hooked, tiny_sae, tiny_tokenizer
+from sae_steering_plugin.types import AFTER_PROMPT, ALL, DECODE, LAST, PREFILL, Edit, Positions
+from tests.hosts import (
+    D_MODEL,
+    SITE,
+    gpt2_tokenizer,
+    tiny_bridge,
+    tiny_hf,
+    tiny_hooked,
+    tiny_sae,
+    tiny_tokenizer,
+)
 from tests.oracles import (
     BOS,
     EOS,
     PAD,
+    hooked_cache,
     leftovers,
     padded_batch,
     shared_host,
@@ -18,7 +29,16 @@ from tests.oracles import (
     tapped,
 )
 
-RULES = [ALL, PREFILL, DECODE, LAST, Positions(2, 4), Positions(bos=True), Positions(-3, -1)]
+RULES = [
+    ALL,
+    PREFILL,
+    DECODE,
+    LAST,
+    Positions(2, 4),
+    Positions(bos=True),
+    Positions(-3, -1),
+    AFTER_PROMPT,
+]
 TEXTS = ["the cat", "a dog ran in the park and the cat sat still", "I"]
 PUSH = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(5)) * 4
 STEPS = 5
@@ -423,9 +443,7 @@ def one_pass(model, tokens):
         out = model.original_model(tokens, use_cache=True)
         layers = out.past_key_values.layers
         return [out.logits, *(t for layer in layers for t in (layer.keys, layer.values))]
-    from tests.oracles import _hooked_cache
-
-    cache = _hooked_cache(model, len(tokens))
+    cache = hooked_cache(model, len(tokens))
     logits = model(tokens, past_kv_cache=cache)
     return [logits, *(t for entry in cache for t in (entry.past_keys, entry.past_values))]
 
@@ -589,6 +607,91 @@ def test_a_seed_gives_the_same_samples_and_noise_belongs_to_its_row(name):
     for i in range(3):
         alone = generate(model, TEXTS[i], noise=noise([i]), **settings)
         assert torch.equal(alone.new_tokens[0], together.new_tokens[i])
+
+
+def one_special_token(make):
+    """A host whose padding, begin and end are one token, as GPT-2's are."""
+    tokenizer = gpt2_tokenizer()
+    if make is tiny_hooked:
+        return HookedSAETransformer(tiny_hooked().cfg, tokenizer=tokenizer).eval()
+    model = SAETransformerBridge.boot_transformers(
+        "tiny-gpt2", hf_model=tiny_hf(), tokenizer=tokenizer, device="cpu"
+    )
+    model.original_model.generation_config.eos_token_id = BOS
+    return model
+
+
+@pytest.mark.parametrize("make", [tiny_bridge, tiny_hooked])
+def test_padding_that_is_also_bos_and_eos_is_still_padding(make):
+    model = one_special_token(make)
+    assert model.tokenizer.pad_token_id == model.tokenizer.eos_token_id == BOS
+    for rule in RULES:
+        edit = Edit(Add(PUSH), SITE, rule)
+        wanted = [slow_greedy(model, row, STEPS, PUSH, rule) for row in ROWS]
+        for cached in (True, False):
+            settings = dict(max_new_tokens=STEPS, stop_at_eos=False)
+            out = generate(model, TEXTS, edit, cached=cached, prepend_bos=True, **settings)
+            assert as_lists(out.new_tokens) == wanted
+            with steer(model, edit):
+                host = model.generate(
+                    TEXTS,
+                    do_sample=False,
+                    verbose=False,
+                    prepend_bos=True,
+                    return_type="tokens",
+                    use_past_kv_cache=cached,
+                    **settings,
+                )
+            assert host[:, -STEPS:].tolist() == wanted
+
+
+@hosts
+def test_texts_in_a_bare_pass_are_steered_at_their_real_tokens(name):
+    model = shared_host(name)
+    for prepend in (True, False):
+        with torch.no_grad(), steer(model, Edit(Add(PUSH), SITE)) as record:
+            model(TEXTS, prepend_bos=prepend)
+        assert sum(record.edits[0].tokens_per_row).tolist() == [len(row) - 1 for row in ROWS]
+
+
+@hosts
+def test_a_stream_that_outlives_its_block_is_an_error(name):
+    model = shared_host(name)
+    for again in (False, True):
+        with steer(model, Edit(Add(PUSH), SITE)):
+            stream = model.generate_stream(
+                torch.tensor([ROWS[1]]), max_new_tokens=4, max_tokens_per_yield=1, verbose=False
+            )
+            next(stream)
+        refused = pytest.raises(RuntimeError, match="the steering block in which this stream began")
+        with refused:
+            if not again:
+                next(stream)
+            with steer(model, Edit(Add(PUSH), SITE), require=False):
+                next(stream)
+
+
+@hosts
+def test_a_text_begun_before_the_block_decodes_inside_it(name):
+    model = shared_host(name)
+    row = torch.tensor([ROWS[1]])
+    for rule, steered in ((PREFILL, 0), (DECODE, 2), (ALL, 2), (Positions(0, 6), 1)):
+        more = begun_text(model, row[:, :5])
+        with torch.no_grad(), steer(model, Edit(Add(PUSH), SITE, rule), require=False) as record:
+            more(row[:, 5:6])
+            more(row[:, 6:7])
+        assert record.edits[0].tokens == steered
+
+
+@torch.no_grad()
+def begun_text(model, tokens):
+    """A text on its own cache; calling it feeds more tokens."""
+    if is_bridge(model):
+        cache = model.original_model(tokens, use_cache=True).past_key_values
+        return lambda chunk: model.original_model(chunk, past_key_values=cache, use_cache=True)
+    cache = hooked_cache(model, len(tokens))
+    model(tokens, past_kv_cache=cache)
+    return lambda chunk: model(chunk, past_kv_cache=cache)
 
 
 def test_a_text_that_begins_with_bos_gets_no_second_one():

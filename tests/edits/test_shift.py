@@ -130,3 +130,5 @@ def test_numbers_that_are_not_finite_are_refused():
         Add(vector(), torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"vector has shape \(1, 2, 16\); give \[d_model\] or"):
         Add(torch.ones(1, 2, D_MODEL))
+    with pytest.raises(ValueError, match="2 strengths were given for 3 vectors: give one strength"):
+        Add(torch.ones(3, D_MODEL), torch.ones(2))
