@@ -159,6 +159,12 @@ class Frame:
         shape = x.shape
         known = self._shape
         if known is None:
+            if self.tokens is not None and self.tokens.shape != shape[:2]:
+                raise ValueError(
+                    f"the activation has shape {tuple(shape)} in a pass over "
+                    f"{tuple(self.tokens.shape)} tokens: an edit needs a site that holds "
+                    "[batch, pos, ...]"
+                )
             self._locate((shape[0], shape[1]), x.device, prompts)
         elif known[0] != shape[0] or known[1] != shape[1]:
             raise RuntimeError(

@@ -38,6 +38,9 @@ from sae_steering_plugin.edits.codes import (
 )
 from sae_steering_plugin.types import Change, Edit, PreparedChange, escaped
 
+PER_PAIR = ("hook_pattern", "hook_attn_scores")
+"""Hook points of shape `[batch, head, query, key]`, which no mask of tokens fits."""
+
 
 class SteeringError(RuntimeError):
     """An edit did not act once and only once where it was told to."""
@@ -545,6 +548,11 @@ def _programs(
     records = []
     for edit in edits:
         site = resolve(model, edit.site)
+        if site.attribute in PER_PAIR:
+            raise ValueError(
+                f"{edit.site!r} holds attention between pairs of tokens, not one vector per token: "
+                "edit the residual stream, or attn.hook_z"
+            )
         refuse_compiled(model, site.name)
         read = _read_site(model, edit, site)
         if read is not None:

@@ -180,7 +180,48 @@ def test_a_heads_site_takes_a_vector_over_all_heads(name):
     assert record.edits[0].tokens == 4
 
 
+@hosts
+def test_sites_that_do_not_hold_one_vector_per_token_are_refused(name):
+    model = shared_host(name)
+    for site in ("blocks.1.attn.hook_pattern", "blocks.0.attn.hook_attn_scores"):
+        with pytest.raises(ValueError, match="holds attention between pairs of tokens, not one"):
+            around(model, Edit(Add(PUSH), site), site=SITE)
+    reshaped = resolve(model, SITE).point.register_forward_hook(lambda m, a, x: x.transpose(1, 2))
+    refused = pytest.raises(ValueError, match=r"has shape \(2, 16, 7\) in a pass over \(2, 7\) tok")
+    try:
+        with refused, steer(model, Edit(Add(PUSH[:7]), SITE)), torch.no_grad():
+            model(TOKENS)
+    finally:
+        reshaped.remove()
+
+
 # --- dictionaries
+
+
+@fresh
+def test_a_dictionary_of_concatenated_heads_is_edited_in_the_delta_form(make):
+    from sae_lens import StandardSAE, StandardSAEConfig
+
+    model, site = make(), "blocks.1.attn.hook_z"
+    where = SAEMetadata(hook_name=site, model_name="tiny")
+    sae = StandardSAE(
+        StandardSAEConfig(d_in=D_MODEL, d_sae=32, reshape_activations="hook_z", metadata=where)
+    )
+
+    def clamped(codes, hook):
+        return torch.cat([codes[:, :1], codes[:, 1:].index_fill(-1, torch.tensor(3), 9.0)], dim=1)
+
+    with torch.no_grad():
+        base = model(TOKENS)
+        with steer(model, Clamp(sae, 3, 9.0)) as record:
+            ours = model(TOKENS)
+        with model.saes(saes=[sae], use_error_term=True):
+            held = resolve(model, site).name.removesuffix(".hook_sae_output")
+            with model.hooks(fwd_hooks=[(f"{held}.hook_sae_acts_post", clamped)]):
+                attached = model(TOKENS)
+    torch.testing.assert_close(ours, attached, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(ours, base, atol=0.01)
+    assert record.edits[0].tokens == 12
 
 
 SIMPLE = [
