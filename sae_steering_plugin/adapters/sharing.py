@@ -23,7 +23,13 @@ from torch import Tensor, nn
 from sae_steering_plugin.adapters.calls import Observer, Scope
 from sae_steering_plugin.adapters.sae_parts import site_names
 from sae_steering_plugin.adapters.steering import as_edits, steer
-from sae_steering_plugin.adapters.transformer_lens import Model, is_bridge, layer_of, resolve
+from sae_steering_plugin.adapters.transformer_lens import (
+    Model,
+    is_bridge,
+    layer_of,
+    refuse_compiled,
+    resolve,
+)
 from sae_steering_plugin.edits.codes import CodeChange
 from sae_steering_plugin.types import Change, Edit
 
@@ -59,6 +65,7 @@ def sharing_of(
     expects the whole batch, and limits sharing to the layers below it. `fixed_prompt=False` says
     that the prompt may end inside these tokens, so that decode-only edits may act in them.
     """
+    refuse_compiled(model, "")
     if len(tokens) < 2 or not _layers_carry_only_the_residual(model):
         return None
     texts = torch.cat([tokens, mask.to(tokens.dtype)], dim=1)

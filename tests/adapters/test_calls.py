@@ -5,6 +5,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from sae_steering_plugin.adapters.calls import Sequence, wanted_number
 from sae_steering_plugin.adapters.steering import steer
 from sae_steering_plugin.adapters.transformer_lens import is_bridge
 from sae_steering_plugin.edits import Add, Clamp
@@ -255,3 +256,33 @@ def test_a_rule_that_holds_no_token_is_refused():
         with pytest.raises(ValueError, match=rf"Positions\({start}, {stop}\) holds no token"):
             Positions(start, stop)
     assert Positions(2, -1).stop == -1  # the sides differ: known only when the prompt is
+
+
+@settings(deadline=None)
+@given(
+    rule=rules(),
+    lengths=st.lists(st.integers(0, 8), min_size=1, max_size=4),
+    step=st.integers(0, 6),
+)
+def test_decoded_tokens_told_apart_by_number_are_those_the_mask_keeps(rule, lengths, step):
+    prompt = torch.tensor(lengths)
+    index = (prompt + step)[:, None]
+    real = torch.ones_like(index, dtype=torch.bool)
+    bos = index == 0
+    kept = rule.keep(index, prompt, real, bos)
+    told = wanted_number(rule, int(index.min()), int(index.max()))
+    if told is not None:
+        assert bool(kept.all() if told else not kept.any())
+    elif len(set(lengths)) == 1:
+        assert int(index.min()) == 0  # only a leading BOS needs a look at the tokens
+
+
+@settings(deadline=None)
+@given(padding=st.lists(st.integers(0, 5), min_size=1, max_size=4), more=st.integers(0, 3))
+def test_a_sequence_numbers_its_next_token_by_its_real_ones(padding, more):
+    real = torch.arange(6)[None] >= torch.tensor(padding)[:, None]
+    text = Sequence(len(padding), real, 6, 6, real.sum(dim=1))
+    counts = [6 - pads + more for pads in padding]
+    assert text.numbers(6 + more) == (min(counts), max(counts))
+    text.real = torch.cat([real, real[:, -1:]], dim=1)
+    assert text.numbers(7 + more) == (min(counts) + 1, max(counts) + 1)

@@ -318,6 +318,12 @@ def test_nothing_is_left_on_the_model_after_a_failure(model: Any) -> None:
     assert torch.equal(before, after)
 
 
+def test_a_compiled_model_is_refused_before_anything_is_shared(model: Any) -> None:
+    wrapped = torch.compile(model, backend="eager")
+    with pytest.raises(RuntimeError, match="this model is compiled"):
+        steered_logits(wrapped, tokens_of_length(1, 4), Edit(loud(), top_site(model)), copies=4)
+
+
 def test_last_only_refuses_right_padding(model: Any) -> None:
     mask = torch.tensor([[1, 1, 1, 0]])
     with pytest.raises(ValueError, match="pad on the left"):

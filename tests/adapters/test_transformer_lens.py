@@ -13,6 +13,7 @@ from sae_steering_plugin.adapters.transformer_lens import (
     layer_of,
     load_model,
     pad_token,
+    refuse_compiled,
     resolve,
     same_place,
     stop_tokens,
@@ -174,3 +175,19 @@ def test_special_tokens_are_the_tokenizers(make):
 def test_layers_are_read_off_names():
     assert layer_of("blocks.11.hook_resid_post") == 11
     assert layer_of("hook_embed") is None
+
+
+@pytest.mark.parametrize("part", ["transformer", "transformer.h.1", "transformer.h"])
+def test_a_compiled_part_around_the_site_is_refused(part):
+    model = tiny_bridge()
+    model.original_model.get_submodule(part)._compiled_call_impl = lambda *a, **k: None
+    with pytest.raises(RuntimeError, match="this model is compiled"):
+        refuse_compiled(model, "blocks.1.hook_in")
+
+
+def test_a_compiled_part_beside_the_site_is_let_be():
+    model = tiny_bridge()
+    model.original_model.get_submodule("transformer.h.0")._compiled_call_impl = print
+    refuse_compiled(model, "blocks.1.hook_in")
+    with pytest.raises(RuntimeError, match="this model is compiled"):
+        refuse_compiled(model)
