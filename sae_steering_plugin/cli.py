@@ -142,6 +142,9 @@ def demo(
         "sae-steer-demo"
     ),
     items: Annotated[int, typer.Option(min=8, help="Held-out test items.")] = 200,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Controls and curves on all items: minutes.")
+    ] = False,
     allow_unbalanced_letters: ForceOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -157,8 +160,9 @@ def demo(
         from sae_steering_plugin.report import effect_rows, headline, write_report
         from sae_steering_plugin.runs.demo import Budget, run_demo
 
-        fewer = min(items, Budget().control_items)
-        budget = replace(Budget(), test=items, control_items=fewer, curve_items=fewer)
+        budget = replace(Budget(), test=items)
+        if thorough:
+            budget = replace(budget, validation=100, control_items=items, curve_items=items)
         found = run_demo(
             model=model,
             sae=sae,
@@ -183,7 +187,7 @@ def demo(
 
 
 @app.command(
-    epilog="\b\nExample:\n  sae-steer build --trait autonomy --method sas --out autonomy-sas",
+    epilog="\b\nExample:\n  sae-steer build --trait autonomy --method probe --out autonomy",
 )
 def build(
     model: ModelOption = "agent-gpt2",

@@ -181,6 +181,13 @@ BAD = {
         ),
         "two ways to say one thing",
     ),
+    "empty vector": (
+        (
+            *("build", "--contrast", "{same}", "--model", "{model}", "--sae", "{sae}"),
+            *("--method", "sas", "--tau", "1"),
+        ),
+        "the sas vector of 'same' is empty; try a lower --tau",
+    ),
     "no folder of vectors": (
         ("generate", "--vectors", "none", "--prompt", "x"),
         "none is no folder; make one with sae-steer build",
@@ -223,7 +230,12 @@ def places(subject: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         *("--contrast", subject["pairs"], "--label", "running", "--out", folder / "vectors"),
     )
     assert result.exit_code == 0, result.output
-    return {**subject, "bad": bad, "vectors": folder / "vectors"}
+    words = ("the cat sat", "the mat sat", "a dog ran", "a cat ran")
+    rows = [{"positive": f"{a} on {b}", "negative": f"{b} on {a}"} for a in words for b in words]
+    same = folder / "same.jsonl"
+    lines = [json.dumps(row) for row in rows if row["positive"] != row["negative"]]
+    same.write_text("\n".join(lines))
+    return {**subject, "bad": bad, "same": same, "vectors": folder / "vectors"}
 
 
 @pytest.mark.parametrize("case", BAD, ids=str)

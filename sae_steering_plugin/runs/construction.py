@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
@@ -21,7 +22,7 @@ from sae_steering_plugin.directions.figures import comparison, design_of
 from sae_steering_plugin.directions.fits import PROBES
 from sae_steering_plugin.directions.probe import STRENGTHS
 from sae_steering_plugin.runs.collect import encode_labelled
-from sae_steering_plugin.types import Labelled, SteeringVector
+from sae_steering_plugin.types import SMALLEST_NORM, Labelled, SteeringVector
 
 Construction = Callable[..., SteeringVector]
 """(labelled, sae, label=, seed=, feature=, tau=, allow_unbalanced_letters=) -> vector."""
@@ -121,9 +122,20 @@ def construct(
     seed: int = 0,
     **options: Any,
 ) -> SteeringVector:
-    """The vector of `labelled` by the named method. Raises what `check_method` and it raise."""
+    """The vector of `labelled` by the named method.
+
+    Raises what `check_method` and the construction raise, and ValueError for an empty vector.
+    """
     check_method(method, has_sae=sae is not None)
-    return METHODS[method](labelled, sae, label=label, seed=seed, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        vector = METHODS[method](labelled, sae, label=label, seed=seed, **options)
+    if vector.norm > SMALLEST_NORM:
+        for one in caught:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        return vector
+    hint = "; try a lower --tau" if method == "sas" else ""
+    raise ValueError(f"the {method} vector of {labelled.name!r} is empty{hint}")
 
 
 def readability(labelled: Labelled, *, seed: int = 0, permutations: int = 20) -> ScoreTable:

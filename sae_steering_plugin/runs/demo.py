@@ -13,7 +13,8 @@ import math
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -63,11 +64,11 @@ class Budget:
     """
 
     pairs: int = 400
-    validation: int = 60
+    validation: int = 50
     test: int = 200
     controls: int = 10
-    control_items: int = 100
-    curve_items: int = 60
+    control_items: int = 60
+    curve_items: int = 40
     strengths: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
     valid: float = 0.95
     max_new_tokens: int = 64
@@ -518,7 +519,26 @@ def run_stages(
 
 
 def agent_job(subject: Subject, trait: str, *, seed: int, budget: Budget, progress: bool) -> Demo:
-    """The main job on an organism: rollouts on held-out scenarios of its world."""
+    """The main job on an organism: rollouts on held-out scenarios of its world, on one thread."""
+    with one_thread():
+        return agent_evidence(subject, trait, seed=seed, budget=budget, progress=progress)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Matrices of a small model are too small to share: threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def agent_evidence(
+    subject: Subject, trait: str, *, seed: int, budget: Budget, progress: bool
+) -> Demo:
+    """Vectors from training wordings, strength from validation scenarios, effects on test ones."""
     contrast = world_contrast(subject, trait, budget.pairs, split="train", seed=seed)
     labelled = collect_contrast(
         subject.model, contrast, subject.sae, batch_size=64, progress=progress
