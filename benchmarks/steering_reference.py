@@ -182,19 +182,16 @@ def _beside(
 
 
 def disagreements(results: Sequence[Found], *, alpha: float = ALPHA) -> list[str]:
-    """What differs by more than sampling allows, Holm-adjusted over all figures of `results`.
-
-    An unsteered arm is drawn once and read for several words; its NLL is tested once.
-    """
-    tested = {(r.host, str(r.arm), "share"): r.p_share for r in results}
-    tested |= {
-        (r.host, str(r.arm) if r.arm.coefficient else "unsteered", "NLL"): r.p_nll for r in results
-    }
-    found, largest = [], 0.0
-    for i, (name, p) in enumerate(sorted(tested.items(), key=lambda item: item[1])):
-        largest = max(largest, p * (len(tested) - i))
-        if largest < alpha:
-            found.append(f"{' '.join(name)}: adjusted p {largest:.2g}")
+    """What differs by more than sampling allows, Holm-adjusted over all figures of one host."""
+    found = []
+    for host in dict.fromkeys(r.host for r in results):
+        tested = [(r.p_share, r.arm, "share") for r in results if r.host == host]
+        tested += [(r.p_nll, r.arm, "NLL") for r in results if r.host == host]
+        largest = 0.0
+        for i, (p, arm, figure) in enumerate(sorted(tested, key=lambda item: item[0])):
+            largest = max(largest, p * (len(tested) - i))
+            if largest < alpha:
+                found.append(f"{host} {arm} {figure}: adjusted p {largest:.2g}")
     return found
 
 

@@ -100,7 +100,7 @@ def whole_codes(sae: Any, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "
     for name in kept:
         hooks[name].clear()
     try:
-        codes = sae.encode(x.to(sae.dtype))
+        codes = sae.encode(x.to(device=sae.W_dec.device, dtype=sae.dtype))
     finally:
         for name, found in kept.items():
             hooks[name].update(found)
@@ -108,7 +108,7 @@ def whole_codes(sae: Any, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "
             sae.__dict__.pop(attribute, None)
     if codes.is_sparse:
         codes = codes.to_dense()
-    return codes.float()
+    return codes.float().to(x.device)
 
 
 @dataclass(frozen=True, eq=False)

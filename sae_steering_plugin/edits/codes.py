@@ -16,6 +16,7 @@ shared/methods/sparse_activation_steering.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -39,9 +40,10 @@ Nonlinearity = Literal["own", "relu", "none"]
 
 def as_features(features: int | Sequence[int] | Tensor) -> tuple[int, ...]:
     """Feature numbers as a tuple. Raises ValueError when there are none or one stands twice."""
-    if isinstance(features, int):
-        return (features,)
-    listed = tuple(int(j) for j in features)
+    try:
+        return (operator.index(features),)  # type: ignore[arg-type]
+    except TypeError:
+        listed = tuple(int(j) for j in features)  # type: ignore[union-attr]
     if not listed:
         raise ValueError("no feature is named")
     if len(set(listed)) != len(listed):

@@ -405,6 +405,15 @@ def test_features_outside_or_twice_or_none_are_refused(make):
         make(sae, [])
 
 
+def test_features_may_come_as_whatever_an_argmax_gives():
+    import numpy as np
+
+    sae, one = sae_of("standard"), torch.tensor(3)
+    with unchecked():
+        for given_as in (3, np.int64(3), one, one[None], np.array([3]), [np.int64(3)], range(3, 4)):
+            assert Ablate(sae, given_as).support == (3,)
+
+
 def test_bad_amounts_are_refused():
     sae = sae_of("standard")
     with pytest.raises(ValueError, match=r"values have shape \(3,\); give one number, \[2\] or"):
