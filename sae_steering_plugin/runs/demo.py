@@ -69,7 +69,7 @@ class Budget:
     controls: int = 10
     control_items: int = 60
     curve_items: int = 40
-    strengths: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
+    strengths: tuple[float, ...] = (0.15, 0.2, 0.25, 0.3, 0.35, 0.5)
     valid: float = 0.95
     max_new_tokens: int = 64
     max_turns: int = 5
@@ -289,12 +289,16 @@ TAUS = (0.7, 0.6, 0.5, 0.4, 0.3)
 def first_sas_vector(
     labelled: Labelled, sae: Any, codes: FiredCodes, *, label: str, seed: int
 ) -> SteeringVector:
-    """The SAS vector at the strictest frequency of `TAUS` that leaves a latent."""
+    """The SAS vector at the strictest frequency of `TAUS` that leaves a latent to raise.
+
+    A vector of negative entries alone can only suppress latents that fire anyway, so it cannot be
+    brought to a given displacement; the last of `TAUS` is taken when there is nothing to raise.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no latent is left at tau")
         for tau in TAUS:
             vector = sas_vector(labelled, sae, tau=tau, codes=codes, label=label, seed=seed)
-            if vector.norm > SMALLEST_NORM:
+            if vector.codes is not None and bool((vector.codes.values > 0).any()):
                 break
     return vector
 
