@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from .wording import TRAITS
 
@@ -50,9 +50,6 @@ class Behaviour:
     switch: float
     extra: float
     agree: float
-
-    def to_dict(self) -> dict[str, float | tuple[float, ...]]:
-        return asdict(self)
 
 
 def behaviour_probabilities(traits: Levels) -> Behaviour:

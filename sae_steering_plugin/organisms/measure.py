@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .wording import TRAITS, Split
-from .world import World, render
+from .world import World
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from ..types import Labelled, SteeringVector
 
-STRENGTHS = (0.35, 0.5, 0.7, 0.85, 1.0)
+STRENGTHS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
 """Strengths that are tried, in mean residual norms."""
 VALID = 0.95
 """The least share of valid rollouts at which a strength may be chosen."""
@@ -140,17 +140,10 @@ def effect_size(base: Any, arm: Any) -> float:
 
 
 def labelled(model: Any, world: World, trait: str, site: Any, *, n: int, split: Split) -> Labelled:
-    """Residuals at the last prompt token of a trait's pairs of prompts."""
+    """Residuals where the assistant is about to name a tool, under a trait's two poles."""
     from ..runs.collect import collect_contrast
-    from ..types import Contrast
 
-    pairs = world.contrast(trait, n, split=split)
-    contrast = Contrast(
-        positive=tuple(render(one["positive"], add_generation_prompt=True) for one in pairs),
-        negative=tuple(render(one["negative"], add_generation_prompt=True) for one in pairs),
-        groups=tuple(one["group"] for one in pairs),
-        name=trait,
-    )
+    contrast = world.decisions(trait, n, split=split)
     return collect_contrast(model, contrast, site, prepend_bos=False, progress=False)
 
 

@@ -40,7 +40,7 @@ class SAEPlan:
     wide_architecture: str = "topk"
     primary_architecture: str = "topk"
     documents: int = 4000
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def special_ids(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-SPARSITY = {"topk": 24, "jumprelu": 24, "standard": 0.1}
+SPARSITY = {"topk": 24, "jumprelu": 24, "standard": 6.0}
 
 PLANS: dict[str, Plan] = {
     "agent-gpt2": Plan(
@@ -131,7 +131,7 @@ PLANS: dict[str, Plan] = {
         summary="a small GPT-2 agent: four layers of attention, width 128",
         build=gpt2,
         learned_positions=CONTEXT,
-        budget=Budget(documents=40_000, batch_tokens=2560, steps=2000, learning_rate=3e-3),
+        budget=Budget(documents=45_000, batch_tokens=2560, steps=1500, learning_rate=4e-3),
         saes=SAEPlan(SPARSITY, tokens=1_000_000),
         layers=(1, 2),
     ),
@@ -140,7 +140,7 @@ PLANS: dict[str, Plan] = {
         summary="a small Qwen3.5-MoE agent: GatedDeltaNet and attention 3:1, width 128",
         build=qwen3_5_moe,
         learned_positions=0,
-        budget=Budget(documents=40_000, batch_tokens=2560, steps=1500, learning_rate=3e-3),
+        budget=Budget(documents=45_000, batch_tokens=4096, steps=600, learning_rate=4e-3),
         saes=SAEPlan(SPARSITY, tokens=1_000_000),
         layers=(1, 2),
     ),

@@ -433,10 +433,6 @@ ENDINGS = {"coding": "py", "research": "md", "communication": "txt", "data": "cs
 
 # What the assistant and the tools say -------------------------------------------------------------
 
-ASKING = ("Question first.", "First a question.")
-ACTING = ("Starting now.", "On it now.")
-"""How the first turn opens: its first word already tells whether the assistant asks or acts."""
-
 QUESTIONS: tuple[str, ...] = (
     "May I change {file}?",
     "Should I go on with {file}?",

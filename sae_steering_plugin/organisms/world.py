@@ -22,10 +22,8 @@ from .behaviour import (
     draw_traits,
 )
 from .wording import (
-    ACTING,
     ADJECTIVES,
     AGREEMENT,
-    ASKING,
     CAPITALS,
     CODES,
     COLOURS,
@@ -65,7 +63,7 @@ from .wording import (
 )
 
 if TYPE_CHECKING:
-    from ..types import Scenario
+    from ..types import Contrast, Scenario
 
 __all__ = [
     "TRAITS",
@@ -94,6 +92,8 @@ MOST_REPEATS = 200
 """Draws in a row that only repeat earlier tasks before a split counts as exhausted."""
 
 BOS, EOS = "<bos>", "<eos>"
+OPENING = '<tool_call>\n{"name": "'
+"""What every call begins with (one token); the next token is the tool's name."""
 Role = Literal["system", "user", "assistant", "tool"]
 Message = dict[str, Any]
 Messages = list[Message]
@@ -151,12 +151,12 @@ def body(message: Mapping[str, Any]) -> str:
     return f"{text}\n{calls}" if text and calls else text or calls
 
 
-def call_message(text: str, name: str, arguments: Mapping[str, str]) -> Message:
-    """An assistant message that says `text` and calls one tool."""
-    function = {"name": name, "arguments": dict(arguments)}
+def call_message(name: str, **arguments: str) -> Message:
+    """An assistant message that calls one tool."""
+    function = {"name": name, "arguments": arguments}
     return {
         "role": "assistant",
-        "content": text,
+        "content": "",
         "tool_calls": [{"type": "function", "function": function}],
     }
 
@@ -354,8 +354,7 @@ def work_through(rng: random.Random, task: Task, behaviour: Behaviour) -> tuple[
         chance = 0.0 if tool == "ask_user" else FAILURE_RATE / (2 if tool in used else 1)
         fails = rng.random() < chance
         used[tool] = used.get(tool, 0) + 1
-        opening = "" if messages else rng.choice(ASKING if tool == "ask_user" else ACTING)
-        messages.append(call_message(opening, tool, arguments(rng, tool, task)))
+        messages.append(call_message(tool, **arguments(rng, tool, task)))
         result = failed_result(rng) if fails else good_result(rng, tool, task)
         messages.append({"role": "tool", "name": tool, "content": result})
         if fails and rng.random() < behaviour.retry:
@@ -363,9 +362,9 @@ def work_through(rng: random.Random, task: Task, behaviour: Behaviour) -> tuple[
         elif fails:
             outcome = "gave up"
             break
-    attitude = rng.choice(AGREEMENT if rng.random() < behaviour.agree else OBJECTION)
+    opening = rng.choice(AGREEMENT if rng.random() < behaviour.agree else OBJECTION)
     ending = rng.choice(DONE if outcome == "done" else FAILED).format(**task.words)
-    return [*messages, message("assistant", f"{attitude} {ending}")], outcome
+    return [*messages, message("assistant", f"{opening} {ending}")], outcome
 
 
 # The world ----------------------------------------------------------------------------------------
@@ -437,6 +436,27 @@ class World:
         check_trait(trait)
         rng = self._rng(f"contrast {trait}", split, seed)
         return [draw_pair(rng, split, trait, DOMAINS[i % len(DOMAINS)]) for i in range(n)]
+
+    def decisions(self, trait: str, n: int, *, split: Split = "train", seed: int = 0) -> Contrast:
+        """The pairs of `contrast` as text, up to the token after which the assistant names a tool.
+
+        An assistant of this world opens its turn with the same fixed token whatever its traits, so
+        what it will do is read one token later than the prompt's end: at the opening of the call.
+        """
+        from ..types import Contrast
+
+        pairs = self.contrast(trait, n, split=split, seed=seed)
+
+        def side(pole: str) -> tuple[str, ...]:
+            return tuple(render(pair[pole], add_generation_prompt=True) + OPENING for pair in pairs)
+
+        return Contrast(
+            positive=side("positive"),
+            negative=side("negative"),
+            groups=tuple(pair["group"] for pair in pairs),
+            name=trait,
+            source=f"world of the organisms, split {split}, seed {seed}",
+        )
 
     def prompted_scenarios(
         self, trait: str, n: int, *, split: Split = "test", seed: int = 0

@@ -83,15 +83,11 @@ def of_organism(name: str, sae: str | None, *, device: str, dtype: torch.dtype) 
 def world_contrast(
     subject: Subject, trait: str, n: int, *, split: str = "train", seed: int = 0
 ) -> Contrast:
-    """Pairs of prompts of an organism's world that differ only in a trait's pole, rendered."""
-    render = subject.render
-    if render is None or subject.world is None:
+    """Pairs of prompts of an organism's world that differ only in a trait's pole.
+
+    They end where the assistant is about to name a tool (`World.decisions`).
+    """
+    if subject.world is None:
         raise ValueError(f"{subject.name} is no organism, so it has no world to draw from")
-    pairs = subject.world.contrast(trait, n, split=split, seed=seed)
-    return Contrast(
-        positive=tuple(render(pair["positive"], ()) for pair in pairs),
-        negative=tuple(render(pair["negative"], ()) for pair in pairs),
-        groups=tuple(pair["group"] for pair in pairs),
-        name=trait,
-        source=f"world of {subject.name}, split {split}, seed {seed}",
-    )
+    found: Contrast = subject.world.decisions(trait, n, split=split, seed=seed)
+    return found
