@@ -109,6 +109,18 @@ def _child(owner: Any, attribute: str) -> Any:
     return found if found is not None else getattr(owner, attribute, None)
 
 
+def _place(model: Model, name: str) -> tuple[Any, str, Any]:
+    """The module a dotted name hangs on, its last word, and what hangs there, if anything."""
+    owner: Any = model
+    *path, attribute = name.split(".")
+    try:
+        for step in path:
+            owner = _child(owner, step)
+        return owner, attribute, _child(owner, attribute)
+    except (AttributeError, IndexError, TypeError, KeyError):
+        return owner, attribute, None
+
+
 def resolve(model: Model, hook_name: str) -> Site:
     """The live site called `hook_name`.
 
@@ -122,20 +134,13 @@ def resolve(model: Model, hook_name: str) -> Site:
             "(for a Hugging Face model: TransformerBridge.boot_transformers(name, hf_model=model))"
         )
     name = canonical_name(model, hook_name)
-    owner: Any = model
-    held: Any = None
-    *path, attribute = name.split(".")
-    try:
-        for step in path:
-            owner = _child(owner, step)
-        held = _child(owner, attribute)
-    except (AttributeError, IndexError, TypeError, KeyError):
-        pass
-    if held is not None and isinstance(held, HookPoint):
+    owner, attribute, held = _place(model, name)
+    if isinstance(held, HookPoint):
         _refuse_gated(model, hook_name, name)
         registry = getattr(model, "_hook_registry", {})
-        if held.name and registry.get(held.name) is held:
-            name = str(held.name)
+        registered = str(held.name or "")
+        if registered and registry.get(registered) is held:
+            name = registered
         else:
             # SAELens restores a detached site under a shortened name, which the bridge's hooks()
             # then looks up in vain; the true name mends that.
