@@ -23,6 +23,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext  # no
 from dataclasses import dataclass  # noqa: E402
 from typing import Any  # noqa: E402
 
+from tqdm.auto import tqdm  # noqa: E402
+
 from benchmarks.timing import Clock, Report, Times, Variant, exponent, interleaved, main, whole
 
 SCRATCH = tempfile.TemporaryDirectory()
@@ -585,8 +587,8 @@ def codes_edited(report: Report, host: Host, widths: Sequence[int], main_width: 
 
     steps = 6 if report.quick else 12
     value = 2.0
-    latents = list(range(0, main_width // 64 * EDITED, main_width // 64))
     for d_sae in widths:
+        latents = list(range(0, d_sae, d_sae // EDITED))
         sae, active = dictionary(host, d_sae)
         clamp = Clamp(sae, latents, value)
         shapes = f"{host.shape}, d_sae {d_sae}, L0 {active:.0f}, {EDITED} latents"
@@ -986,21 +988,25 @@ def measure(report: Report) -> None:
     widths = (2048, 4096, 8192, 16384) if quick else (4096, 16384, 32768, 65536, 131072)
     tiny_bridge, tiny_hooked = bridge(2, 64, 512), hooked(2, 64, 512)
     small = bridge(*size)
-    entering(report, tiny_bridge, small)
-    one_call(report, tiny_bridge)
-    additive(report, small, "1a", 6 if quick else 12, 1.02)
-    for host in (tiny_bridge, tiny_hooked):
-        additive(report, host, "1b", 40 if quick else 80, 1.05)
-    kinds(report, tiny_bridge, 20 if quick else 80)
-    peers(report, tiny_bridge, 80)
     main_width = 8192 if quick else 32768
-    codes_edited(report, small, (main_width,) if quick else (4096, main_width, 131072), main_width)
-    ranked_codes(report, small, main_width)
-    growth(report, small, widths, main_width)
-    strengths_generated(report, small)
-    strengths_forced(report, small, 0.45)
-    del small
-    strengths_forced(report, hooked(*size), 0.28)
+    edited = (main_width,) if quick else (4096, main_width, 131072)
+    parts: list[Callable[[], None]] = [
+        lambda: entering(report, tiny_bridge, small),
+        lambda: one_call(report, tiny_bridge),
+        lambda: additive(report, small, "1a", 6 if quick else 12, 1.02),
+        lambda: additive(report, tiny_bridge, "1b", 40 if quick else 80, 1.05),
+        lambda: additive(report, tiny_hooked, "1b", 40 if quick else 80, 1.05),
+        lambda: kinds(report, tiny_bridge, 20 if quick else 80),
+        lambda: peers(report, tiny_bridge, 80),
+        lambda: codes_edited(report, small, edited, main_width),
+        lambda: ranked_codes(report, small, main_width),
+        lambda: growth(report, small, widths, main_width),
+        lambda: strengths_generated(report, small),
+        lambda: strengths_forced(report, small, 0.45),
+        lambda: strengths_forced(report, hooked(*size), 0.28),
+    ]
+    for part in tqdm(parts, desc="hook_overhead", leave=False):
+        part()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_steering_plugin.adapters.steering import SteeringError, as_edits, fwd_hooks, steer
 from sae_steering_plugin.adapters.transformer_lens import is_bridge, resolve
 from sae_steering_plugin.edits import Ablate, Add, Clamp, ProjectOut, Scale, SparseAdd
+from sae_steering_plugin.edits.codes import PreparedCodes
 from sae_steering_plugin.types import ALL, DECODE, PREFILL, Edit, Positions, Recipe, SteeringVector
 from tests.hosts import D_MODEL, SITE, tiny_bridge, tiny_hooked, tiny_sae, tokens_of_length
 from tests.oracles import (
@@ -657,3 +658,19 @@ def test_steering_a_clean_forward_pass_costs_no_bit_when_the_block_is_over(make)
         assert torch.equal(model(TOKENS), base)
     assert leftovers(model) == []
     assert is_bridge(model) is (make is tiny_bridge)
+
+
+@pytest.mark.parametrize("make", [tiny_bridge, tiny_hooked])
+def test_an_edit_of_codes_is_worked_out_once_though_it_is_measured(make, monkeypatch):
+    model, sae, calls = make(), tiny_sae("jumprelu"), []
+    worked_out = PreparedCodes.__call__
+
+    def counted(self, *arguments):
+        calls.append(1)
+        return worked_out(self, *arguments)
+
+    monkeypatch.setattr(PreparedCodes, "__call__", counted)
+    with torch.no_grad(), steer(model, Clamp(sae, [2, 5], 3.0)) as record:
+        model(TOKENS)
+    assert len(calls) == 1
+    assert record.edits[0].mean_change > 0

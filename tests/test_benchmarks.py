@@ -1,0 +1,66 @@
+"""The timing code under `benchmarks/`: planted growth is found, disagreement is an exit code."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.timing import Clock, Report, exponent, interleaved, main, whole
+
+KEYS = {
+    "row", "what", "ratio", "target", "met", "exponent", "max_abs_error", "shapes", "dtype",
+    "threads", "seconds", "versions",
+}  # fmt: skip
+
+
+def test_planted_growth_is_recovered():
+    sizes = [1, 2, 4, 8, 16]
+    assert exponent(sizes, [3e-6 * n**1.5 for n in sizes]) == pytest.approx(1.5)
+
+
+def test_growth_over_less_than_a_factor_of_eight_is_refused():
+    with pytest.raises(ValueError, match="a factor of 8 apart, not 1 to 4"):
+        exponent([1, 2, 4], [1.0, 2.0, 4.0])
+
+
+def test_every_variant_runs_once_a_round_and_only_the_timed_part_counts():
+    ran = []
+
+    def untimed(clock: Clock) -> None:
+        ran.append("untimed")
+        sum(range(100_000))
+        with clock:
+            pass
+
+    def work() -> int:
+        ran.append("work")
+        return sum(range(200_000))
+
+    times = interleaved({"untimed": untimed, "work": whole(work)}, rounds=7, warm_up=2)
+    assert ran.count("untimed") == ran.count("work") == 9
+    assert [len(found) for found in times.cpu.values()] == [7, 7]
+    assert times.ratio("untimed", "work") < 0.5
+    assert times.ratio("work", "work") == 1.0
+
+
+def test_a_target_of_the_full_size_is_no_target_of_a_quick_run():
+    report = Report("x", quick=True, full_size=frozenset({"2a"}))
+    report.add("2a", "one", 2.0, target=1.0)
+    report.add("1c", "other", 2.0, target=1.0)
+    assert [row["met"] for row in report.rows] == [None, False]
+
+
+@pytest.mark.parametrize("off, code", [(0.0, 0), (0.5, 1), (float("nan"), 1)])
+def test_disagreement_alone_decides_the_exit_code(off, code, monkeypatch, tmp_path, capsys):
+    def measure(report: Report) -> None:
+        error = report.agree("the answer", torch.ones(2), torch.ones(2) + off, 0.1)
+        report.add("1a", "missed", 9.0, target=1.0, error=error)
+
+    monkeypatch.setattr("logging.disable", lambda level: None)
+    monkeypatch.setattr("sys.argv", ["x", "--quick", "--json", str(tmp_path / "rows.json")])
+    with pytest.raises(SystemExit) as stopped:
+        main("x", measure, machine=False)
+    assert stopped.value.code == code
+    assert ("ANSWERS DISAGREE" in capsys.readouterr().out) == bool(code)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert set(rows[0]) >= KEYS and rows[0]["met"] is False
