@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sae_lens import SAE
 from sae_lens.registry import SAE_CLASS_REGISTRY
 
 import sae_steering_plugin.adapters.sae_lens as ours
@@ -377,6 +378,22 @@ def test_a_vector_with_codes_is_applied_as_its_codes():
     for given_as in (codes, vector):
         torch.testing.assert_close(SparseAdd(sae, given_as).prepare(**F32)(x), wanted)
     assert SparseAdd(sae, vector).hook_name == SITE
+
+
+@pytest.mark.parametrize("word", ["standard", "jumprelu", "topk", "gated"])
+def test_a_vector_fits_its_dictionary_after_both_were_saved_and_loaded(word, tmp_path):
+    sae, x, dense = sae_of(word), residual(), signed_vector()
+    found = dense.nonzero().reshape(-1)
+    codes = SparseCodes(found, dense[found], D_SAE, ours.sae_id(sae))
+    vector = SteeringVector(dense @ sae.W_dec.detach(), SITE, Recipe("sas"), "v", codes)
+    sae.save_model(tmp_path / "sae")
+    ours.SteeringDictionary.from_vectors([vector]).save_model(tmp_path / "vectors")
+    loaded = SAE.load_from_disk(str(tmp_path / "sae"), device="cpu")
+    again = SAE.load_from_disk(str(tmp_path / "vectors"), device="cpu").vectors()[0]
+    wanted = SparseAdd(sae, vector, -1.5).prepare(**F32)(x)
+    assert torch.equal(SparseAdd(loaded, again, -1.5).prepare(**F32)(x), wanted)
+    with pytest.raises(ValueError, match="was built in .* Load the SAE it was built in"):
+        SparseAdd(sae_of(word, seed=7), again)
 
 
 def test_a_vector_of_another_dictionary_is_refused():
