@@ -491,9 +491,11 @@ def run_stages(
         arm(SAS_DENSE if name == SAS else name, vector, strength)
         for name, vector in vectors.items()
     ]
-    if through_sae is not None:
-        methods.insert(1, through_sae)
     main = run("test", [Arm(BASE), *methods], None)
+    if through_sae is not None:
+        # By itself: a shift is one addition for a whole batch, code edits are not.
+        main = {**main, **run("test", [Arm(BASE), through_sae], None)}
+        methods.insert(1, through_sae)
     headline = corrected(effects_of(main, methods, outcome=outcome, seed=seed))
     curve_arms = [
         arm(PROBE, probe, s, positions=rule)
