@@ -128,7 +128,7 @@ def dose_response_figure(
     figure = go.Figure()
     for key, line in found.items():
         colour, dash = style[key]
-        points = with_origin(line)
+        points = with_origin(line) if len(line) > 1 else [(line[0].strength, line[0])]
         figure.add_scatter(
             x=[x for x, _ in points],
             y=[0.0 if one is None else one.d for _, one in points],
@@ -139,7 +139,7 @@ def dose_response_figure(
                 "arrayminus": [0.0 if one is None else one.d - one.ci_low for _, one in points],
                 "thickness": 1.2,
             },
-            mode="lines+markers",
+            mode="markers" if len(line) == 1 else "lines+markers",
             name=line_name(key, list(found)),
             line={"color": colour, "dash": dash},
             marker={
@@ -262,15 +262,29 @@ CHARACTER = 6.6
 """Width of a character of the drawing's text, for leaving room; it is drawn at 12 pixels."""
 
 
+DODGE = 8.0
+"""Pixels between the points of methods that were run at one strength only."""
+
+
 def dose_response_svg(
     effects: Sequence[Effect], controls: Sequence[Effect] = (), *, title: str = ""
 ) -> str:
-    """The dose-response as an SVG element: lines with intervals, random directions as crosses."""
+    """The dose-response as an SVG element: lines with intervals, random directions as crosses.
+
+    A method that was run at one strength is a point, moved aside so that several can be told apart.
+    """
     require_effects(effects)
     found = lines(effects)
     style, keys = styles(list(found)), list(found)
     entries = [
-        *((line_name(key, keys), *style[key]) for key in keys),
+        *(
+            (
+                line_name(key, keys),
+                style[key][0],
+                "point" if len(found[key]) == 1 else style[key][1],
+            )
+            for key in keys
+        ),
         *([("random directions", GREY, "cross")] if controls else []),
     ]
     legend, legend_height = legend_svg(entries)
@@ -288,20 +302,23 @@ def dose_response_svg(
     parts = [grid_x(x, x_ticks, top, bottom), grid_y(y, y_ticks)]
     for one in controls:
         parts.append(cross(x(one.strength), y(one.d), describe(one)))
+    single = [key for key, line in found.items() if len(line) == 1]
     for key, line in found.items():
         colour, dash = style[key]
-        points = with_origin(line)
-        path = " ".join(f"{x(s):.1f},{y(0.0 if one is None else one.d):.1f}" for s, one in points)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"'
-            + (f' stroke-dasharray="{STROKES[dash]}"' if STROKES[dash] else "")
-            + "/>"
-        )
-        parts += [
-            whisker(x(one.strength), y(one.ci_low), x(one.strength), y(one.ci_high), colour)
-            + dot(x(one.strength), y(one.d), colour, describe(one), hollow=broken(one))
-            for one in line
-        ]
+        dodge = DODGE * (1 + single.index(key)) if key in single and len(found) > 1 else 0.0
+        if key not in single:
+            path = " ".join(
+                f"{x(s):.1f},{y(0.0 if one is None else one.d):.1f}" for s, one in with_origin(line)
+            )
+            pattern = f' stroke-dasharray="{STROKES[dash]}"' if STROKES[dash] else ""
+            parts.append(
+                f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"'
+                f"{pattern}/>"
+            )
+        for one in line:
+            at = x(one.strength) + dodge
+            parts.append(whisker(at, y(one.ci_low), at, y(one.ci_high), colour))
+            parts.append(dot(at, y(one.d), colour, describe(one), hollow=broken(one)))
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(text(middle, bottom + 38, strength_axis(effects), anchor="middle"))
     parts.append(turned(16.0, (top + bottom) / 2, outcome_axis(effects)))
@@ -439,6 +456,8 @@ def legend_svg(entries: Sequence[tuple[str, str, str]]) -> tuple[str, float]:
             at_x, at_y = 0.0, at_y + 20
         if dash == "cross":
             parts.append(cross(at_x + 13, at_y, name))
+        elif dash == "point":
+            parts.append(dot(at_x + 13, at_y, colour, name))
         else:
             pattern = f' stroke-dasharray="{STROKES[dash]}"' if STROKES[dash] else ""
             style = f' stroke-width="2"{pattern}'

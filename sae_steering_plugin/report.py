@@ -298,5 +298,5 @@ def picture(demo: Demo) -> str:
     return dose_response_svg(
         [*demo.headline[:1], *curve, *demo.headline[1:]],
         demo.controls,
-        title=f"{demo.model}: {demo.trait}, n = {demo.best.n} held-out items",
+        title=f"{demo.model}: {demo.trait} on held-out items, {demo.best.n} at the chosen strength",
     )

@@ -181,7 +181,7 @@ def test_a_saved_demo_reads_back(tmp_path: Path) -> None:
 def test_the_picture_holds_the_curve_and_every_method_at_one_position_rule(tmp_path: Path) -> None:
     write_report(a_demo(), tmp_path)
     drawing = (tmp_path / "dose_response.svg").read_text()
-    assert drawing.count("<circle") == 3 and "positions decode" not in drawing
+    assert drawing.count("positions all: d") == 5 and "positions decode" not in drawing
     assert 'xmlns="http://www.w3.org/2000/svg"' in drawing
 
 

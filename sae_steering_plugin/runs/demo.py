@@ -69,7 +69,7 @@ class Budget:
     controls: int = 10
     control_items: int = 60
     curve_items: int = 40
-    strengths: tuple[float, ...] = (0.15, 0.2, 0.25, 0.3, 0.35, 0.5)
+    strengths: tuple[float, ...] = (0.15, 0.25, 0.35, 0.5, 0.65, 0.8)
     valid: float = 0.95
     max_new_tokens: int = 64
     max_turns: int = 5
