@@ -16,6 +16,7 @@ cache decode;
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,6 +105,17 @@ def wanted_number(positions: Positions, first: int, last: int) -> bool | None:
     if first > 0 and positions.start <= first and (stop is None or stop > last):
         return True
     return None
+
+
+def behind_every_prompt(real: Tensor, prompt_length: Tensor) -> int:
+    """The column from which on every token of every row is decoded, as far as `real` tells.
+
+    A row without a real token may go on with padding, so no column is known while there is one.
+    """
+    counts = real.sum(dim=1)
+    if not bool(counts.all()):
+        return sys.maxsize
+    return real.shape[1] + max(0, int((prompt_length - counts).max()))
 
 
 def behind_prompt(positions: Positions) -> bool | None:
@@ -227,7 +239,10 @@ class Frame:
         known = self.observer.sequence_of(self.cache) if self.cached else None
         if known is not None and known.rows != batch:
             known = None
-        if known is not None and n == 1 and self.cached >= known.prompt_columns:
+        # in a loop of one's own a single column may still be padding in some row
+        mask = self.mask if scope is None and n == 1 else None
+        padded = mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all())
+        if known is not None and n == 1 and self.cached >= known.prompt_columns and not padded:
             self._advance(known, n)
             return
         real = self._real_now(shape, device, known)
@@ -235,11 +250,13 @@ class Frame:
             known = self._begin(real, batch, n, scope, prompts)
         else:
             known.real = torch.cat([known.real_so_far(self.cached), real[:, -n:]], dim=1)
-        self._advance(known, n)
+            if self.cached < known.prompt_columns and (prompts is not None or scope is None):
+                known.prompt_columns = behind_every_prompt(known.real, known.prompt_length)
+        self._advance(known, n, padded=padded)
 
-    def _advance(self, sequence: Sequence, n: int) -> None:
+    def _advance(self, sequence: Sequence, n: int, *, padded: bool = False) -> None:
         self.sequence = sequence
-        self.decode_step = self.cached >= sequence.prompt_columns and self.cached > 0
+        self.decode_step = self.cached >= sequence.prompt_columns and self.cached > 0 and not padded
         sequence.columns = self.cached + n
         if self.decode_step and self.tokens is not None and n == 1:
             sequence.fed.append(self.tokens)
@@ -298,8 +315,8 @@ class Frame:
         length = prompt_real.sum(dim=1) + (columns - prompt_real.shape[1])
         if prompts is not None:
             length = prompts.to(real.device).expand(batch)
-            # columns are only a shortcut for "behind every row's prompt"
-            columns = int(real.shape[1] - real.sum(dim=1).min() + length.max())
+        if prompts is not None or (scope is None and not bool(real.any(dim=1).all())):
+            columns = behind_every_prompt(real, length)
         return Sequence(
             rows=batch,
             real=real,

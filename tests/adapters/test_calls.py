@@ -191,6 +191,18 @@ def test_a_one_token_prompt_is_a_prompt(name, rule):
 
 
 @hosts
+def test_a_row_that_begins_late_is_padding_until_then(name):
+    tokens, mask = padded_batch([[BOS, 5], [BOS, 5, 6, 7, 8, 9]], "left")
+    feeding = Feeding(tokens, mask, 1, [1] * 6)
+    for rule, lengths in ((ALL, None), (ALL, [1, 1]), (DECODE, [2, 3]), (PREFILL, [1, 4])):
+        kept = kept_batch(rule, tokens, mask, [0, 1] if lengths is None else lengths)
+        edit = Edit(Add(PUSH), SITE, rule)
+        before, after, record = run(name, feeding, edit, prompt_lengths=lengths)
+        assert_pushed(before, after, kept)
+        assert record.edits[0].tokens == int(kept.sum())
+
+
+@hosts
 def test_interleaved_texts_keep_their_own_counts(name):
     model = shared_host(name)
     one = torch.tensor([[BOS, 5, 6, 7]])
