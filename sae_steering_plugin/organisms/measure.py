@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..types import Labelled, SteeringVector
 
-STRENGTHS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
+STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)
 """Strengths that are tried, in mean residual norms."""
 VALID = 0.95
 """The least share of valid rollouts at which a strength may be chosen."""

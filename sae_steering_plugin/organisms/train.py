@@ -73,6 +73,7 @@ def gpt2(tokenizer: Any) -> Any:
             n_head=4,
             n_positions=CONTEXT,
             vocab_size=len(tokenizer),
+            activation_function="gelu_pytorch_tanh",  # GPT-2's own function, in one kernel
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,

@@ -67,8 +67,8 @@ class Budget:
     validation: int = 50
     test: int = 200
     controls: int = 10
-    control_items: int = 60
-    curve_items: int = 40
+    control_items: int = 40
+    curve_items: int = 30
     strengths: tuple[float, ...] = (0.15, 0.25, 0.35, 0.5, 0.65, 0.8)
     valid: float = 0.95
     max_new_tokens: int = 64

@@ -15,10 +15,10 @@ from sae_steering_plugin.organisms import (
 )
 from sae_steering_plugin.organisms.measure import behaviour, sae_figures
 from sae_steering_plugin.organisms.tokenizer import CALL
-from sae_steering_plugin.organisms.train import PLANS, main
+from sae_steering_plugin.organisms.train import main
 from sae_steering_plugin.organisms.world import World, render
 
-NAMES = sorted(PLANS)
+NAMES = list_organisms()
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -26,8 +26,8 @@ def organism(request):
     return load_organism(request.param)
 
 
-def test_both_organisms_ship_and_stay_small():
-    assert list_organisms() == NAMES
+def test_an_organism_ships_and_all_stay_small():
+    assert "agent-gpt2" in NAMES
     sizes = [path.stat().st_size for path in DATA.rglob("*") if path.is_file()]
     assert sum(sizes) < 25e6
 
