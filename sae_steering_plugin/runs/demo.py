@@ -428,11 +428,17 @@ def effects_of(
 
 
 def chosen_strength(effects: Sequence[Effect], *, valid: float) -> float:
-    """The strength of the largest effect whose valid rate is at least `valid`.
+    """The strength of the largest effect that clears the valid rate `valid` by a standard error.
 
-    When none is that valid, the strength of the most valid one, so that the report can say so.
+    A rate seen on few items is uncertain: without the margin, the strength that just passes on
+    validation items fails on test items about half of the time. When none clears it, the strength
+    of the most valid one, so that the report can say so.
     """
-    fit = [one for one in effects if not one.valid_rate < valid]
+    fit = [
+        one
+        for one in effects
+        if not one.valid_rate < valid + math.sqrt(valid * (1 - valid) / one.n)
+    ]
     if not fit:
         return max(effects, key=lambda one: (one.valid_rate, -abs(one.strength))).strength
     return max(fit, key=lambda one: one.d).strength
@@ -860,7 +866,7 @@ def settings_of(
         "controls": budget.controls,
         "strengths": list(budget.strengths),
         "unit": "norm",
-        "valid_floor": budget.valid,
+        "valid_floor": f"{budget.valid:g} and one standard error, on validation items",
         "max_turns": budget.max_turns,
         "max_new_tokens": budget.max_new_tokens,
         "interval": "95 % bootstrap over items",

@@ -131,14 +131,16 @@ def test_the_sae_route_reaches_the_asked_displacement(folder):
     assert factor is not None and reached == pytest.approx(wanted, rel=0.021)
 
 
-def test_the_strength_is_the_largest_effect_among_the_valid():
+def test_the_strength_is_the_largest_effect_among_the_clearly_valid():
     tried = [
         effect(strength=0.2, d=0.5, valid_rate=1.0),
-        effect(strength=0.4, d=1.2, valid_rate=0.96),
+        effect(strength=0.4, d=1.2, valid_rate=0.97),
+        effect(strength=0.6, d=2.0, valid_rate=0.96),  # within a standard error of the floor
         effect(strength=0.8, d=3.0, valid_rate=0.4),
     ]
     assert chosen_strength(tried, valid=0.95) == 0.4
-    assert chosen_strength(tried[2:], valid=0.95) == 0.8
+    assert chosen_strength([replace(one, n=50) for one in tried], valid=0.95) == 0.2
+    assert chosen_strength(tried[3:], valid=0.95) == 0.8
     unknown = [effect(strength=s, d=s, valid_rate=float("nan")) for s in (0.2, 0.4)]
     assert chosen_strength(unknown, valid=0.95) == 0.4
 
