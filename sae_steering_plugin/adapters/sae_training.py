@@ -33,7 +33,7 @@ class SAESpec:
     hook_name: str
     architecture: str
     d_sae: int
-    sparsity: float
+    sparsity: float | int
     tokens: int
     learning_rate: float = 1e-3
     batch_tokens: int = 1024

@@ -33,7 +33,7 @@ STAGES = ("model", "saes", "card")
 class SAEPlan:
     """The SAEs of an organism. `sparsity` maps an architecture to k or, for "standard", to L1."""
 
-    sparsity: Mapping[str, float]
+    sparsity: Mapping[str, float | int]
     tokens: int
     width: int = 512
     widths: tuple[int, ...] = (256, 512, 1024)
@@ -308,10 +308,10 @@ def unique(parameters: Any) -> list[Any]:
 
 
 def targets(
-    neutral: Mapping[str, float],
+    neutral: Mapping[str, Any],
     traits: Mapping[str, Mapping[str, Any]],
     steered: Mapping[str, Mapping[str, Any]],
-    saes: Mapping[str, Mapping[str, float]],
+    saes: Mapping[str, Mapping[str, Any]],
     plan: Plan,
 ) -> list[Measured]:
     """What the design asks of an organism, with the measured figure and whether it was met."""

@@ -110,7 +110,7 @@ def test_any_text_comes_back_and_letters_stand_alone(organism):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     for text in (" (A)", "(B)", "The answer is (A)", "Answer: (B)"):
         assert {"A", "B"} & set(tokenizer.tokenize(text))
-    call = tokenizer(CALL[0] + "ask_user")["input_ids"]
+    call = tokenizer(CALL[0] + "ask_user", add_special_tokens=False)["input_ids"]
     assert len(call) == 2
     assert tokenizer.decode(call, skip_special_tokens=True).endswith('{"name": "ask_user')
 
