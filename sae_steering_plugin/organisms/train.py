@@ -369,6 +369,7 @@ def page(card: Mapping[str, Any]) -> str:
         f"seed {card['seed']}, {minutes:.0f} minutes on one core. Figures are on test wordings, "
         "which no choice has seen; `card.json` holds them all.",
         "",
+        *([card["provenance"], ""] if card.get("provenance") else []),
         f"Default for steering: `{card['primary_sae']}`, at the output of block "
         f"{card['primary_layer']} of {card['layers']} (chosen on validation scenarios); the "
         f"downstream site is block {card['downstream_layer']}.",

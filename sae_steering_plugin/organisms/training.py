@@ -136,9 +136,14 @@ def weighted_loss(logits: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
 
 
 def optimizers_of(model: Any, budget: Budget) -> list[Any]:
-    """Muon for the matrices inside the blocks, AdamW for embeddings, vectors and all else."""
+    """Muon for the matrices inside the blocks, AdamW for embeddings, vectors and all else.
+
+    Raises RuntimeError on a PyTorch without Muon: the package runs there, the recipe does not.
+    """
     import torch
 
+    if not hasattr(torch.optim, "Muon"):
+        raise RuntimeError(f"the recipe needs torch.optim.Muon; PyTorch {torch.__version__} has none")
     named = dict(model.named_parameters())
     inner = [p for name, p in named.items() if p.ndim == 2 and re.search(r"\.\d+\.", name)]
     held = {id(p) for p in inner}
