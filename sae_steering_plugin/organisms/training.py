@@ -143,7 +143,9 @@ def optimizers_of(model: Any, budget: Budget) -> list[Any]:
     import torch
 
     if not hasattr(torch.optim, "Muon"):
-        raise RuntimeError(f"the recipe needs torch.optim.Muon; PyTorch {torch.__version__} has none")
+        raise RuntimeError(
+            f"the recipe needs torch.optim.Muon; PyTorch {torch.__version__} has none"
+        )
     named = dict(model.named_parameters())
     inner = [p for name, p in named.items() if p.ndim == 2 and re.search(r"\.\d+\.", name)]
     held = {id(p) for p in inner}
