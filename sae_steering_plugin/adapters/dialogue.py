@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_steering_plugin.adapters.engine import Noise, _restricted
+from sae_steering_plugin.adapters.engine import Noise, restricted
 from sae_steering_plugin.adapters.sharing import bridge_forward, last_position_only
 from sae_steering_plugin.adapters.steering import SteeringRecord, steer
 from sae_steering_plugin.adapters.transformer_lens import Model, is_bridge
@@ -122,7 +122,7 @@ class Dialogue:
             self.cache = output.past_key_values
             scores = output.logits[:, -1]
             if noise is not None and temperature > 0:
-                scores = _restricted(scores.float() / temperature, None, top_p)
+                scores = restricted(scores.float() / temperature, None, top_p)
                 scores = scores + noise(step).to(device)
             picked = scores.argmax(dim=-1)
             done = done | torch.isin(picked, ends)

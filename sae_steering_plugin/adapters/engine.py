@@ -230,7 +230,7 @@ class _Loop:
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         scores = logits.float() / self.temperature
-        scores = _restricted(scores, self.top_k, self.top_p)
+        scores = restricted(scores, self.top_k, self.top_p)
         if self.noise is not None:
             gumbel = self.noise(step).to(scores.device)
         else:
@@ -270,7 +270,7 @@ class _Loop:
         )
 
 
-def _restricted(scores: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+def restricted(scores: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """Scores outside the k best, or outside the smallest set holding probability p, set to -inf."""
     if top_k is not None and top_k < scores.shape[-1]:
         bar = scores.topk(top_k, dim=-1).values[..., -1:]
