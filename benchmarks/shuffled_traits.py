@@ -2,7 +2,7 @@
 
 `python benchmarks/shuffled_traits.py [--quick] [--models NAME ...] [--json FILE] [--table FILE]`
 
-Eight probes per trait, each fitted after every contrast pair's two labels were swapped at random,
+Eight probes per trait, each fitted after a random half of the contrast pairs swapped its labels,
 steer 50 held-out scenarios at half a mean residual norm, beside the unsteered arm, the five real
 probes and 19 random directions of the same length. Each is asked what the autonomy protocol asks of
 a trait's vector. The share of permuted vectors that pass is held against the binomial 99 % band of

@@ -172,15 +172,27 @@ def test_dealt_weights_keep_norm_sparsity_and_concentration() -> None:
     assert not torch.equal(dealt, dealt_weights(weights, torch.Generator().manual_seed(1)))
 
 
-def test_swapped_labels_stay_one_of_each_in_a_pair() -> None:
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1])
+
+
+def test_swapped_labels_stay_one_of_each_in_a_pair_and_know_nothing_of_the_truth() -> None:
     n = 500
     labels, pairs = torch.tensor([1] * n + [0] * n), torch.arange(n).repeat(2)
     swapped = swapped_labels(labels, pairs, torch.Generator().manual_seed(0))
     assert torch.equal(swapped[:n] + swapped[n:], torch.ones(n, dtype=labels.dtype))
-    # Half of the pairs, within four standard errors of a fair coin.
-    assert abs(float(swapped[:n].double().mean()) - 0.5) < 4 * 0.5 / n**0.5
-    alone = swapped_labels(labels, torch.full_like(pairs, -1), torch.Generator().manual_seed(0))
-    assert int(alone.sum()) == n and not torch.equal(alone, labels)
+    assert correlation(swapped, labels) == 0.0
+    other = swapped_labels(labels, pairs, torch.Generator().manual_seed(1))
+    assert not torch.equal(other, swapped)
+
+
+@pytest.mark.parametrize(("ones", "zeros"), [(500, 500), (30, 90), (1, 7)])
+def test_unpaired_labels_keep_their_number_and_know_nothing_of_the_truth(ones, zeros) -> None:
+    labels, pairs = torch.tensor([1] * ones + [0] * zeros), torch.full((ones + zeros,), -1)
+    drawn = swapped_labels(labels, pairs, torch.Generator().manual_seed(0))
+    assert int(drawn.sum()) == ones
+    one_example = len(labels) / (ones * zeros)  # what the place of one label is worth
+    assert abs(correlation(drawn, labels)) <= 0.5 * one_example + 1e-12
 
 
 def labelled(n: int = 40, width: int = 6) -> Labelled:
