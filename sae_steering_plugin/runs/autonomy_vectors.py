@@ -47,7 +47,7 @@ DIFF_MEAN = "DiffMean"
 RAW_RIDGE = "ridge on activations"
 KINDS = (PROBE, RANDOM_WEIGHTS, PERMUTED, DIFF_MEAN, RAW_RIDGE)
 
-MEASURE = "autonomy vectors 1"
+MEASURE = "autonomy vectors 2"
 """Raised when a change here can give another vector for the same inputs."""
 
 FILE_NAMES = {"risk_calibration": "risk", "tool_use_eagerness": "tool_use"}
