@@ -469,7 +469,7 @@ class Effect:
     correction: str = "none"
     n_base: int = 0
     n_clusters: int = 0
-    interval: str = "bootstrap percentile"
+    interval: str = "bootstrap bca"
     note: str = ""
     hedges_g: float = float("nan")
     superiority: float = float("nan")

@@ -43,7 +43,7 @@ def compare(
     sign: int = 1,
     ddof: int = 1,
     level: float = 0.95,
-    interval: str = "percentile",
+    interval: str = "bca",
     resamples: int = 2000,
     seed: int = 0,
     clusters: str | None = None,

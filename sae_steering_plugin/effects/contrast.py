@@ -89,7 +89,7 @@ def effect(
     sign: int = 1,
     ddof: int = 1,
     level: float = 0.95,
-    interval: str = "percentile",
+    interval: str = "bca",
     resamples: int = 2000,
     seed: int = 0,
     clusters: Any = None,
@@ -100,7 +100,7 @@ def effect(
     `test` gives `p_value`: the paired permutation test by default, or `unpaired_test` for
     `paired=False`; naming a test of the other kind is an error. Paired arms are also given to
     `unpaired_test` (`unpaired_p`), which forgets the pairing, as the source's headline test does.
-    `interval` is the bootstrap of d, "percentile" or "bca". With `clusters` (a name per item) the
+    `interval` is the bootstrap of d, "bca" or "percentile". With `clusters` (a name per item) the
     intervals draw and the permutation test flips whole clusters; tests that would take the items
     for independent are then an error, and `unpaired_p` is left out. `details` are further fields of
     `Effect` (trait, valid_rate, displacement, model, judge, ...).

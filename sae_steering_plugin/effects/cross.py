@@ -337,7 +337,7 @@ def cross_trait_matrix(
     correction: str = "holm",
     ddof: int = 1,
     level: float = 0.95,
-    interval: str = "percentile",
+    interval: str = "bca",
     resamples: int = 2000,
     seed: int = 0,
     details: Mapping[str, Mapping[str, Any]] | None = None,

@@ -88,4 +88,4 @@ def test_the_row_of_a_table_is_complete():
         if value != value and name not in ("strength", "displacement", "p_adjusted")
     ]
     assert missing == []
-    assert (one.unpaired_test, one.interval) == ("mann-whitney", "bootstrap percentile")
+    assert (one.unpaired_test, one.interval) == ("mann-whitney", "bootstrap bca")

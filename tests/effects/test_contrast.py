@@ -93,7 +93,7 @@ def test_the_row_holds_both_tests_and_every_size():
     assert (one.hedges_g, one.superiority) == (hedges_g(base, arm), superiority(base, arm))
     around = superiority_interval(base, arm)
     assert (one.superiority_low, one.superiority_high) == (around.low, around.high)
-    assert (one.n, one.n_base, one.interval, one.note) == (50, 50, "bootstrap percentile", "")
+    assert (one.n, one.n_base, one.interval, one.note) == (50, 50, "bootstrap bca", "")
     other = effect(base, arm, method="m", outcome="o", unpaired_test="permutation", paired=False)
     assert other.p_value == other.unpaired_p == permutation(base, arm)
 
@@ -131,7 +131,7 @@ def test_clusters_reach_the_interval_and_the_test():
 def test_the_record_is_a_page_and_a_dictionary():
     one = effect(binary(27), binary(46), method="<b>", outcome="asks", strength=2, unit="norm")
     page = one._repr_html_()
-    for words in ("&lt;b&gt;", "asks", "2 norm", "0.54 to 0.92", "0.938", "bootstrap percentile"):
+    for words in ("&lt;b&gt;", "asks", "2 norm", "0.54 to 0.92", "0.938", "bootstrap bca"):
         assert words in page
     assert "nan" not in page
     assert json.loads(json.dumps(one.to_dict()))["d"] == one.d
