@@ -469,33 +469,52 @@ def run_protocol(
         chosen = chosen_runner(runner, workers, gpus)
         only = chosen_shard(shard)
         quiet_hosts()
-        from sae_steering_plugin.runs.parts import collect, todo
+        from sae_steering_plugin.runs.parts import todo
 
         evaluation = build(**options)
-        try:
-            report = chosen.run(evaluation.plan, out, only=only, retry_failed=retry_failed)
-        except KeyboardInterrupt as stop:
-            typer.echo(str(stop), err=True)
-            raise typer.Exit(130) from None
-        except (RuntimeError, ImportError) as error:
-            if debug:
-                raise
-            typer.echo("error: " + " ".join(str(error).split()), err=True)
-            raise typer.Exit(1) from None
-        typer.echo(str(report))
-        if report.complete and not report.elsewhere and not todo(evaluation.plan, out):
-            from sae_steering_plugin.runs.summary import write_summary
-
-            collected = collect(evaluation.plan, out)
-            tables = evaluation.tables(collected)
-            written = write_summary(evaluation.plan, report, collected, tables, out)
-            if evaluation.save is not None:
-                written += evaluation.save(collected, out)
-            for title, rows in tables.items():
-                shown([dict(row) for row in rows], title)
-            typer.echo(f"{collected}. Wrote {', '.join(str(path) for path in written)}")
-        if not report.complete:
+        complete = run_evaluation(evaluation, out, chosen, only, retry_failed, debug)
+        while complete and evaluation.then is not None and not todo(evaluation.plan, out):
+            name, following = evaluation.then
+            evaluation, out = following(out), out / name
+            complete = run_evaluation(
+                evaluation, out, chosen_runner("in-process", None, 0.0), None, retry_failed, debug
+            )
+        if not complete:
             raise typer.Exit(1)
+
+
+def run_evaluation(
+    evaluation: Any, out: Path, runner: Any, only: Any, retry_failed: bool, debug: bool
+) -> bool:
+    """Run what `out` lacks of the plan; its tables are shown and written once it is whole.
+
+    True when every unit that was asked for is there.
+    """
+    from sae_steering_plugin.runs.parts import collect, todo
+
+    try:
+        report = runner.run(evaluation.plan, out, only=only, retry_failed=retry_failed)
+    except KeyboardInterrupt as stop:
+        typer.echo(str(stop), err=True)
+        raise typer.Exit(130) from None
+    except (RuntimeError, ImportError) as error:
+        if debug:
+            raise
+        typer.echo("error: " + " ".join(str(error).split()), err=True)
+        raise typer.Exit(1) from None
+    typer.echo(str(report))
+    if report.complete and not report.elsewhere and not todo(evaluation.plan, out):
+        from sae_steering_plugin.runs.summary import write_summary
+
+        collected = collect(evaluation.plan, out)
+        tables = evaluation.tables(collected)
+        written = write_summary(evaluation.plan, report, collected, tables, out)
+        if evaluation.save is not None:
+            written += evaluation.save(collected, out)
+        for title, rows in tables.items():
+            shown([dict(row) for row in rows], title)
+        typer.echo(f"{collected}. Wrote {', '.join(str(path) for path in written)}")
+    return bool(report.complete)
 
 
 def chosen_runner(word: str, workers: int | None, gpus: float) -> Any:
@@ -542,7 +561,7 @@ def shown(rows: list[dict[str, Any]], title: str) -> None:
     Console(width=width, markup=False, highlight=False).print(table)
 
 
-LEFT_COLUMNS = ("method", "positions", "arm")
+LEFT_COLUMNS = ("method", "positions", "arm", "judge", "set")
 
 
 def side_by_side(rows: list[tuple[str, str, str]]) -> None:

@@ -57,7 +57,7 @@ def embedded() -> str:
 
 def test_help_lists_the_commands_that_work_and_no_other() -> None:
     text = call("--help").output
-    listed = re.findall(r"^  (\w+) ", text.split("Commands:")[1], flags=re.MULTILINE)
+    listed = re.findall(r"^  ([\w-]+) ", text.split("Commands:")[1], flags=re.MULTILINE)
     assert tuple(listed) == COMMANDS
 
 
@@ -340,7 +340,7 @@ def test_evaluate_lists_the_protocols_without_importing_them() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr
-    listed = re.findall(r"^  (\w+) ", done.stdout.split("Protocols:")[1], flags=re.MULTILINE)
+    listed = re.findall(r"^  ([\w-]+) ", done.stdout.split("Protocols:")[1], flags=re.MULTILINE)
     assert listed == protocols()
 
 
@@ -348,8 +348,9 @@ def test_evaluate_lists_the_protocols_without_importing_them() -> None:
 def test_help_of_a_protocol_shows_an_example_and_the_run_s_options(name: str) -> None:
     text = call("evaluate", name, "--help").output
     assert text.count("Example:") == 1
-    for option in ("--model", "--seed", "--out", "--runner", "--workers", "--shard"):
+    for option in ("--seed", "--out", "--runner", "--workers", "--shard"):
         assert option in text
+    assert ("--model" in text) or name == "judge"  # its models are its judges
 
 
 def test_a_protocol_may_lie_in_the_folder_the_command_is_called_in(
@@ -522,3 +523,82 @@ def test_rollouts_that_cannot_be_are_refused(
     given = [word.format(scenarios=file, vectors=built_vectors) for word in words]
     result = call("evaluate", "rollouts", "--vectors", built_vectors, "--out", tmp_path, *given)
     assert message in failed(result)
+
+
+def test_texts_are_judged_after_they_are_written_and_again_by_another_judge(
+    embedded: str, tmp_path: Path
+) -> None:
+    made = call(
+        *("evaluate", "open-ended", "--model", embedded, "--items", 4, "--build-items", 24),
+        *("--max-new-tokens", 8, "--controls", 1, "--tau", 0.5, "--strength", 2),
+        *("--judge", "lexicon:pirate", "--out", tmp_path / "texts"),
+    )
+    assert made.exit_code == 0, made.output
+    texts = json.loads((tmp_path / "texts" / "summary.json").read_text())
+    judged = json.loads((tmp_path / "texts" / "judged" / "summary.json").read_text())
+    assert texts["rows"] == judged["rows"] == 5 * 4 * 2
+    assert "score" not in json.dumps(texts["tables"])
+    assert {row["judge"] for row in judged["tables"]["scores"]} == {"lexicon:pirate"}
+    assert all(row["stand-in"] for row in judged["tables"]["scores"])
+    other = call(
+        *("evaluate", "judge", "--texts", tmp_path / "texts", "--judge", "rule:/arr/"),
+        *("--judge", "lexicon:pirate", "--block", 16, "--out", tmp_path / "judged"),
+    )
+    assert other.exit_code == 0, other.output
+    assert "rule:/arr/" in other.output and "6 units done" in other.output
+    again = json.loads((tmp_path / "judged" / "summary.json").read_text())["tables"]["scores"]
+    assert [row for row in again if row["judge"] == "lexicon:pirate"] == judged["tables"]["scores"]
+
+
+def test_a_shard_of_texts_is_judged_by_whoever_finishes(embedded: str, tmp_path: Path) -> None:
+    words = (
+        *("evaluate", "open-ended", "--model", embedded, "--items", 4, "--build-items", 24),
+        *("--max-new-tokens", 4, "--no-baselines", "--block", 1, "--judge", "rule:/e/"),
+    )
+    for index in (0, 1):
+        assert not (tmp_path / "judged").exists()
+        assert call(*words, "--out", tmp_path, "--shard", f"{index}/2").exit_code == 0
+    assert json.loads((tmp_path / "judged" / "summary.json").read_text())["rows"] == 12
+
+
+def test_evaluate_capability_sets_steered_beside_unsteered(
+    built_vectors: Path, embedded: str, tmp_path: Path
+) -> None:
+    truth = tmp_path / "TruthfulQA.csv"
+    truth.write_text(
+        "Category,Question,Best Answer,Correct Answers,Incorrect Answers\n"
+        "Law,Is it so?,No,No; Never,Yes; Always\nLaw,Why?,Because,Because,For no reason\n"
+    )
+    result = call(
+        *("evaluate", "capability", "--model", embedded, "--vectors", built_vectors),
+        *("--data", truth, "--data", "world", "--items", 6, "--controls", 1),
+        *("--strength", 0.5, "--out", tmp_path / "run"),
+    )
+    assert result.exit_code == 0, result.output
+    tables = json.loads((tmp_path / "run" / "summary.json").read_text())["tables"]
+    sets, knowledge, shifts, controls = tables.values()
+    assert [(row["set"], row["n"]) for row in sets] == [
+        *(("TruthfulQA", 2), ("arithmetic", 6), ("facts", 6))
+    ]
+    assert [row["arm"] for row in knowledge] == [
+        *("base", "anything +0.5 all", "random 0 +0.5 all")
+    ] * 3
+    assert len(shifts) == len(controls) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["judge", "--texts", "nowhere.parquet", "--judge", "rule:/a/"], "no table"),
+        (["judge", "--texts", "x", "--judge", "oracle:x"], "no table"),
+        (["open-ended", "--behaviour", "cheese"], "no behaviour 'cheese'"),
+        (["open-ended", "--judge", "oracle:x"], "no judge 'oracle'"),
+        (["capability", "--data", "nothing.csv"], "no file nothing.csv"),
+        (["capability", "--data", "world", "--unit", "miles"], "no strength unit 'miles'"),
+    ],
+)
+def test_evaluations_that_cannot_be_are_refused(
+    words: list[str], message: str, tmp_path: Path
+) -> None:
+    assert message in failed(call("evaluate", *words, "--out", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@
     TruthfulQA.csv                  the authors' table: best answer against the first incorrect one
     *_test.csv                      MMLU's own: question, A, B, C, D, letter, without a header
 
+`read_truthful` keeps all answers of TruthfulQA.csv, for the authors' own MC1 and MC2. Elsewhere
 `matching` is the correct answer throughout, so `p_match` is the probability of the truth. An
 organism knows none of these; its world's sums and facts stand beside them (`world_capability`),
 scored as completions of the sentence.
@@ -15,6 +16,7 @@ import csv
 import io
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def read_capability(path: str | Path) -> tuple[ChoiceItem, ...]:
     if not rows:
         raise ValueError(f"{path} holds no record")
     header = [cell.strip() for cell in rows[0][1]]
-    if "Best Answer" in header:
+    if is_truthful(header):
         made = truthful_rows(rows)
     elif len(header) == 6 and header[-1] in "ABCD":
         made = mmlu_rows(rows)
@@ -99,20 +101,31 @@ def csv_rows(text: str, path: Path) -> Iterator[tuple[str, list[str]]]:
         ) from error
 
 
-def truthful_rows(rows: Sequence[tuple[str, list[str]]]) -> Iterator[ChoiceItem]:
+def is_truthful(header: Sequence[str]) -> bool:
+    return "Best Answer" in header
+
+
+def truthful_records(rows: Sequence[tuple[str, list[str]]]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each row of TruthfulQA's table by column, with its place; cells that are needed hold text."""
     header = [cell.strip() for cell in rows[0][1]]
-    for name in ("Question", "Best Answer", "Incorrect Answers"):
+    needed = ("Question", "Best Answer", "Incorrect Answers")
+    for name in needed:
         if name not in header:
             raise ValueError(f"{rows[0][0]}: column {name!r} is missing")
-    for number, (place, cells) in enumerate(rows[1:]):
+    for place, cells in rows[1:]:
         if len(cells) != len(header):
             raise ValueError(f"{place}: {len(cells)} cells under {len(header)} column names")
-        found = dict(zip(header, cells, strict=True))
-        question = checked_text(found["Question"], "Question", place).strip()
-        right = checked_text(found["Best Answer"], "Best Answer", place).strip()
-        listed_wrong = checked_text(found["Incorrect Answers"], "Incorrect Answers", place)
-        wrong = listed_wrong.split(";")[0].strip()
-        yield two_options(question, right, wrong, number, place, found.get("Category", ""))
+        found = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
+        for name in needed:
+            checked_text(found[name], name, place)
+        yield place, found
+
+
+def truthful_rows(rows: Sequence[tuple[str, list[str]]]) -> Iterator[ChoiceItem]:
+    for number, (place, found) in enumerate(truthful_records(rows)):
+        wrong = found["Incorrect Answers"].split(";")[0].strip()
+        group = found.get("Category", "")
+        yield two_options(found["Question"], found["Best Answer"], wrong, number, place, group)
 
 
 def mmlu_rows(rows: Sequence[tuple[str, list[str]]]) -> Iterator[ChoiceItem]:
@@ -136,6 +149,60 @@ def two_options(
     first, second = (right, wrong) if letter == "A" else (wrong, right)
     asked = f"{question}\n\nChoices:\n(A) {first}\n(B) {second}"
     return ChoiceItem(asked, letter, other, question, (right, wrong), group)
+
+
+# Many answers -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ManyAnswers:
+    """A question with all its true and false answers, each a sentence; `best` is one of `true`."""
+
+    question: str
+    best: str
+    true: tuple[str, ...]
+    false: tuple[str, ...]
+    group: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """The question as the authors put it, without their six examples before it."""
+        return f"Q: {self.question}\nA:"
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All answers, the true ones first."""
+        return (*self.true, *self.false)
+
+
+def read_truthful(path: str | Path) -> tuple[ManyAnswers, ...]:
+    """TruthfulQA's questions with all reference answers, for MC1 and MC2.
+
+    Answers stand between semicolons and get a full stop where they have none, as in the authors'
+    code; the best answer joins the correct ones where it is not among them. Raises ValueError that
+    names file and line. An answer that the table lists on both sides counts as true alone.
+    """
+    path = Path(path)
+    text, _ = whole_text(path)
+    rows = list(csv_rows(text, path))
+    if not rows or not is_truthful([cell.strip() for cell in rows[0][1]]):
+        raise ValueError(f"{path} is no table of TruthfulQA: it has no column 'Best Answer'")
+    found = []
+    for place, one in truthful_records(rows):
+        (best,) = sentences(one["Best Answer"].replace(";", ",")) or ("",)
+        true = tuple(dict.fromkeys((*sentences(one.get("Correct Answers", "")), best)))
+        false = tuple(dict.fromkeys(sentences(one["Incorrect Answers"])))
+        false = tuple(answer for answer in false if answer not in true)
+        if not false:
+            raise ValueError(f"{place}: column 'Incorrect Answers' holds no answer")
+        found.append(ManyAnswers(one["Question"], best, true, false, one.get("Category", "")))
+    return tuple(found)
+
+
+def sentences(cell: str) -> tuple[str, ...]:
+    """The answers of a cell, each with a full stop."""
+    words = (part.strip() for part in cell.split(";"))
+    return tuple(one if one.endswith(".") else f"{one}." for one in words if one)
 
 
 # The world ----------------------------------------------------------------------------------------

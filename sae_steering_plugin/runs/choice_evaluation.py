@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from .capability import WORLD_SETS, read_capability, world_capability
 from .choice_items import (
@@ -214,6 +214,9 @@ def primary_sae(model: str) -> str:
 # What is asked ------------------------------------------------------------------------------------
 
 
+Asked = TypeVar("Asked")
+
+
 class Fit:
     """What fits a model's context, told from its tokenizer alone; `notes` says what was left out.
 
@@ -248,6 +251,10 @@ class Fit:
             for text in [lead(item, form, self.render)]
             for one in endings(item, form, text)
         ]
+        return self.longest(texts)
+
+    def longest(self, texts: Sequence[str]) -> int:
+        """Tokens of the longest text with begin and answer, or a bound on it that fits."""
         if self.limit is not None and max(map(len, texts)) + 2 <= self.limit:
             return max(map(len, texts)) + 2  # a token holds a character at least
         found = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -258,9 +265,15 @@ class Fit:
 
         Raises ValueError when none does.
         """
+        return self.fitting(items, self.length, what)
+
+    def fitting(
+        self, items: Sequence[Asked], length: Callable[[Asked], int], what: str
+    ) -> list[Asked]:
+        """As `kept`, for anything that has a length in tokens."""
         if self.limit is None:
             return list(items)
-        found = [item for item in items if self.length(item) <= self.limit]
+        found = [item for item in items if length(item) <= self.limit]
         if not found:
             raise ValueError(f"no item of {what} fits the model's context of {self.limit} tokens")
         if len(found) < len(items):

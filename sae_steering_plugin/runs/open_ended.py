@@ -128,14 +128,58 @@ def evaluate_open_ended(
     so all strengths of an item share it. `batch_size` counts rows (items x strengths). Raises
     ValueError without judges or items, and for items that the vector was built from.
     """
-    if not items:
-        raise ValueError("there are no questions to ask")
     if not judges:
         raise ValueError('open-ended texts need a judge, for example open_judge("lexicon:pirate")')
     if len({judge.name for judge in judges}) < len(judges):
         raise ValueError("two judges have one name")
     refuse_built(items, built_from)
     doses: tuple[Strength, ...] = tuple(strengths) if steering is not None else (0.0,)
+    rows = steered_texts(
+        model,
+        items,
+        steering,
+        strengths=doses,
+        render=render,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+        prepend_bos=prepend_bos,
+        progress=progress,
+        name=name,
+    )
+    judged = [
+        {**row, **verdict}
+        for judge in judges
+        for row, verdict in zip(rows, verdicts(judge, rows, concept), strict=True)
+    ]
+    return OpenEnded(tuple(judged), doses, name, tuple(judge.name for judge in judges))
+
+
+def steered_texts(
+    model: Any,
+    items: Sequence[ChoiceItem],
+    steering: Steering | None,
+    *,
+    strengths: Sequence[Strength],
+    render: Render | None = None,
+    max_new_tokens: int = 48,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    prepend_bos: bool | None = None,
+    progress: bool = False,
+    name: str = "",
+    first: int = 0,
+) -> list[dict[str, Any]]:
+    """The texts of `evaluate_open_ended` before any judge, one row per item and strength.
+
+    `first` is the number of the first item where a long list is cut into parts: number and noise
+    are those of the whole list. Raises ValueError without items or for strengths given twice.
+    """
+    if not items:
+        raise ValueError("there are no questions to ask")
+    doses = tuple(strengths)
     check_strengths(doses)
     size = max(1, batch_size // len(doses))
     rows: list[dict[str, Any]] = []
@@ -145,7 +189,7 @@ def evaluate_open_ended(
         repeated = [prompt for prompt in prompts for _ in doses]
         noise = None
         if temperature > 0:
-            keys = [noise_key(seed, "open-ended", i) for i in chosen for _ in doses]
+            keys = [noise_key(seed, "open-ended", first + i) for i in chosen for _ in doses]
             noise = gumbel_noise(keys, model.cfg.d_vocab)
         out = generate(
             model,
@@ -164,7 +208,7 @@ def evaluate_open_ended(
             new = out.new_tokens[number].tolist()
             rows.append(
                 {
-                    **described(i, items[i], dose),
+                    **described(first + i, items[i], dose),
                     "question": items[i].question,
                     "text": text,
                     "new_tokens": len(new),
@@ -175,12 +219,7 @@ def evaluate_open_ended(
             )
     for row in rows:
         del row["matching_first"]
-    judged = [
-        {**row, **verdict}
-        for judge in judges
-        for row, verdict in zip(rows, verdicts(judge, rows, concept), strict=True)
-    ]
-    return OpenEnded(tuple(judged), doses, name, tuple(judge.name for judge in judges))
+    return rows
 
 
 def verdicts(judge: Judge, rows: Sequence[dict[str, Any]], concept: str) -> list[dict[str, Any]]:

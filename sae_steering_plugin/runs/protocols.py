@@ -30,12 +30,15 @@ class Evaluation:
 
     `tables` gives, per title, the rows to print; they are also written to `summary.json`. It must
     be pure, so that it may be called on the same table again. `save` writes what else the protocol
-    leaves into the run's folder and gives the paths.
+    leaves into the run's folder and gives the paths. `then` is what follows once the table is
+    written, in one process: the name of a folder inside the run's, and a function from the run's
+    folder to the next evaluation (judging, which must not hold the workers of a plan of texts).
     """
 
     plan: Plan
     tables: Callable[[Collected], Mapping[str, Rows]]
     save: Callable[[Collected, Path], Sequence[Path]] | None = None
+    then: tuple[str, Callable[[Path], Evaluation]] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,22 @@ PROTOCOLS: dict[str, Protocol] = {
         "sae_steering_plugin.runs.choice_evaluation:choices",
         "Multiple choice under sparse activation steering, with baselines and ablations.",
         "sae-steer evaluate choices --behaviour autonomy --items 20 --out choices",
+    ),
+    "open-ended": Protocol(
+        "sae_steering_plugin.runs.open_evaluation:open_ended",
+        "Open-ended texts under sparse activation steering, judged as a second plan.",
+        "sae-steer evaluate open-ended --items 12 --judge lexicon:pirate --out texts",
+    ),
+    "judge": Protocol(
+        "sae_steering_plugin.runs.open_evaluation:judge",
+        "Judge the texts of a finished run, or of any parquet table.",
+        "sae-steer evaluate open-ended --items 12 --out texts\n"
+        "sae-steer evaluate judge --texts texts --judge rule:/arr/ --out judged",
+    ),
+    "capability": Protocol(
+        "sae_steering_plugin.runs.capability_evaluation:capability",
+        "TruthfulQA (MC1, MC2) and two-choice sets of knowledge, steered and unsteered.",
+        "sae-steer evaluate capability --data world --items 20 --out capability",
     ),
 }
 """The protocols of the package. Reading this table imports none of them."""

@@ -474,36 +474,50 @@ class SASWorker:
             )
         table = found.table()
         table["item"] += start
-        vector = self.vector(line)
-        about: dict[str, Any] = {
-            "line": str(line),
-            "behaviour": line.behaviour,
-            "second": line.second,
-            "sae": line.sae,
-            "hook_name": vector.hook_name,
-            "method": line.method,
-            "tau": line.tau,
-            "parts": line.parts,
-            "top_n": -1 if line.top_n is None else line.top_n,
-            "seed": -1 if line.seed is None else line.seed,
+        about = {
+            **self.named(line),
             "on": task.on or line.behaviour,
             "form": task.form,
-            "support": -1 if vector.codes is None else int((vector.codes.values != 0).sum()),
-            "d_sae": int(self.sae(line.sae).W_dec.shape[0]),
+            **self.extent(line),
         }
-        if line.method == "sas" and not line.second or line.method in MATCHED:
-            ratios = {
-                strength: abs(length) / residual if length else 0.0
-                for strength, (length, residual) in self.displacement(line).items()
-            }
-            table["displacement"] = table["strength"].map(ratios).astype(float)
-        else:
-            table["displacement"] = float("nan")
+        table["displacement"] = self.displacements(line, table["strength"])
         for place, (name, value) in enumerate(about.items()):
             table.insert(place, name, value)
         second = table.pop("strength_2") if "strength_2" in table else float("nan")
         table.insert(table.columns.get_loc("strength") + 1, "strength_2", second)
         return table.sort_values(["item", "strength", "strength_2"], ignore_index=True)
+
+    def named(self, line: Line) -> dict[str, Any]:
+        """The columns that say which line a row belongs to."""
+        return {
+            "line": str(line),
+            "behaviour": line.behaviour,
+            "second": line.second,
+            "sae": line.sae,
+            "hook_name": self.vector(line).hook_name,
+            "method": line.method,
+            "tau": line.tau,
+            "parts": line.parts,
+            "top_n": -1 if line.top_n is None else line.top_n,
+            "seed": -1 if line.seed is None else line.seed,
+        }
+
+    def extent(self, line: Line) -> dict[str, int]:
+        """How many latents the line's vector has (-1: it is dense), of how many."""
+        codes = self.vector(line).codes
+        support = -1 if codes is None else int((codes.values != 0).sum())
+        return {"support": support, "d_sae": int(self.sae(line.sae).W_dec.shape[0])}
+
+    def displacements(self, line: Line, strengths: pd.Series) -> Any:
+        """The length of the change against the residual at each row's strength; NaN where it is not
+        measured (two vectors, CAA in its own unit, the edit without error term)."""
+        if (line.method != "sas" or line.second) and line.method not in MATCHED:
+            return float("nan")
+        ratios = {
+            strength: abs(length) / residual if length else 0.0
+            for strength, (length, residual) in self.displacement(line).items()
+        }
+        return strengths.map(ratios).astype(float)
 
 
 def nothing(strengths: Tensor) -> list[Edit]:

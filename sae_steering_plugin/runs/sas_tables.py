@@ -97,15 +97,23 @@ def shift_rows(
             "sae": about["sae"],
             "form": about["form"],
             "strength": f"{one.strength:+g}",
-            "n": one.n,
-            "score": f"{one.base_mean:.3f} to {one.arm_mean:.3f}",
-            "d": round(one.d, 2),
-            "interval": f"{one.ci_low:.2f} to {one.ci_high:.2f}",
-            "p": float(f"{one.p_value:.2g}"),
-            "adjusted": float(f"{one.p_adjusted:.2g}"),
+            **effect_cells(one),
         }
         for about, one in shift_effects(table, outcome=outcome, seed=seed)
     ]
+
+
+def effect_cells(one: Effect) -> dict[str, Any]:
+    """An effect's figures as a row shows them; no adjusted p where it was not corrected."""
+    adjusted = one.p_adjusted
+    return {
+        "n": one.n,
+        "score": f"{one.base_mean:.3f} to {one.arm_mean:.3f}",
+        "d": round(one.d, 2),
+        "interval": f"{one.ci_low:.2f} to {one.ci_high:.2f}",
+        "p": float(f"{one.p_value:.2g}"),
+        "adjusted": "" if adjusted != adjusted else float(f"{adjusted:.2g}"),
+    }
 
 
 def control_rows(table: pd.DataFrame, *, outcome: str = OUTCOME) -> list[dict[str, Any]]:
