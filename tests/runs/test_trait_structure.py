@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from sae_steering_plugin.effects.cross import cross_trait_matrix
+from sae_steering_plugin.effects.cross import CrossTraitMatrix, cross_trait_matrix
 from sae_steering_plugin.organisms.behaviour import level_correlation
 from sae_steering_plugin.organisms.world import TRAITS
 from sae_steering_plugin.runs.trait_structure import (
@@ -22,27 +23,32 @@ from sae_steering_plugin.runs.trait_structure import (
 OUTCOMES = ("autonomy", "tool_use", "persistence", "risk", AGREED)
 
 
+N = 100
+CHANCE = 3 * (2 / N) ** 0.5
+"""Three standard errors of d around 0, with N transcripts a side: what chance alone may reach."""
+
+
 @pytest.fixture(scope="module")
 def alone() -> np.ndarray:
-    return expected_effects(TRAITS, OUTCOMES, "alone", n=100)
+    return expected_effects(TRAITS, OUTCOMES, "alone", n=N)
 
 
 def test_each_trait_alone_moves_what_it_governs(alone: np.ndarray) -> None:
     own = {"autonomy": 0, "tool_use": 1, "persistence": 1, "risk": 3, "deference": 4}
     for trait, column in own.items():
         assert abs(alone[TRAITS.index(trait)]).argmax() in (column, 2)
-        assert alone[TRAITS.index(trait), column] > 0.8
-    # What it does not govern stays within four standard errors of d = 0 (100 a side).
-    assert abs(alone[TRAITS.index("risk"), [0, 4]]).max() < 4 * (2 / 100) ** 0.5
+        assert alone[TRAITS.index(trait), column] > CHANCE
+    assert abs(alone[TRAITS.index("risk"), [0, 4]]).max() < CHANCE  # it governs neither
 
 
 def test_together_the_correlated_traits_come_along(alone: np.ndarray) -> None:
     """Autonomy and deference correlate at -0.6: observed together, each moves the other's."""
     pair = ("autonomy", "deference")
-    (_, agrees), (acts, _) = expected_effects(pair, ("autonomy", AGREED), "together", n=100)
+    (_, agrees), (acts, _) = expected_effects(pair, ("autonomy", AGREED), "together", n=N)
     autonomy, deference = (TRAITS.index(trait) for trait in pair)
-    assert agrees < -0.3 and agrees < alone[autonomy, 4] - 0.2
-    assert acts < -0.3 and acts < alone[deference, 0] - 0.2
+    apart = CHANCE * 2**0.5  # of a difference of two d
+    assert agrees < -CHANCE and agrees < alone[autonomy, 4] - apart
+    assert acts < -CHANCE and acts < alone[deference, 0] - apart
 
 
 def test_levels_drawn_together_have_the_world_s_correlation() -> None:
@@ -81,14 +87,23 @@ def test_the_correlation_of_pairs_ignores_the_diagonal() -> None:
     assert off_diagonal_correlation(first, np.eye(3)) == 0.0
 
 
-def planted(effects: np.ndarray, n: int = 400) -> object:
-    """A matrix whose d is `effects`, up to sampling: normal outcomes shifted by them."""
-    import pandas as pd
+FEW = 20
+"""Transcripts per level where the same draw stands on both sides of a comparison."""
 
+
+@pytest.fixture(scope="module")
+def told() -> np.ndarray:
+    """What `trait_structure(..., n=FEW)` itself draws as the world's answer."""
+    return expected_effects(TRAITS, OUTCOMES, "alone", n=FEW)
+
+
+def planted(effects: np.ndarray, n: int = 50) -> CrossTraitMatrix:
+    """A matrix whose d is `effects` exactly: outcomes of mean 0, deviation 1, shifted by them."""
     generator = np.random.default_rng(0)
     rows = []
     for arm, shift in (("base", np.zeros(effects.shape[1])), *zip(TRAITS, effects, strict=True)):
-        values = generator.normal(size=(n, effects.shape[1])) + shift
+        values = generator.normal(size=(n, effects.shape[1]))
+        values = (values - values.mean(0)) / values.std(0, ddof=1) + shift
         frame = pd.DataFrame(values, columns=list(OUTCOMES))
         rows.append(frame.assign(arm=arm, scenario=[str(i) for i in range(n)]))
     return cross_trait_matrix(
@@ -96,36 +111,44 @@ def planted(effects: np.ndarray, n: int = 400) -> object:
     )
 
 
-def test_vectors_that_do_what_the_world_says_are_found_alike(alone: np.ndarray) -> None:
+def test_vectors_that_do_what_the_world_says_are_found_alike(told: np.ndarray) -> None:
     correlation = np.array([[level_correlation(a, b) for b in TRAITS] for a in TRAITS])
-    found = trait_structure(planted(alone), cosines=correlation, n=20)
+    found = trait_structure(planted(told), cosines=correlation, n=FEW)
+    np.testing.assert_allclose(found.measured, told, atol=1e-12)
     as_alone, as_together, of_vectors = found.likenesses
-    assert as_alone.value > 0.8 and as_alone.p_value == 1 / 120
+    assert as_alone.value == pytest.approx(1.0) and as_alone.p_value == 1 / 120
     assert of_vectors.value == pytest.approx(1.0) and of_vectors.p_value == 1 / 120
-    assert -1 <= as_together.value <= 1
+    product = (told * found.together).sum()
+    scale = np.linalg.norm(told) * np.linalg.norm(found.together)
+    assert as_together.value == pytest.approx(product / scale) and as_together.value < 1
     assert set(found.shares) == {
         "traits' own correlation",
         "measured d",
         "world, trait alone",
         "world, correlated traits",
     }
+    assert found.shares["measured d"] == pytest.approx(found.shares["world, trait alone"])
     assert all(found.on_target.values())
     rows = found.rows()
-    assert len(rows) == 25 and rows[0]["vector"] == "autonomy" and rows[0]["measured d"] > 1
+    assert len(rows) == 25 and rows[0]["vector"] == "autonomy"
+    assert rows[0]["measured d"] == rows[0]["trait alone"] == round(told[0, 0], 2)
     assert "trait alone" in found._repr_html_() and found.to_dict()["outcomes"] == list(OUTCOMES)
 
 
-def test_one_axis_is_told_from_five_traits(alone: np.ndarray) -> None:
+def test_one_axis_is_told_from_five_traits(told: np.ndarray) -> None:
     """Every vector does what autonomy does: one component holds all, the world's does not."""
-    axis = np.outer([1.0, 0.7, 0.6, 0.8, -0.5], alone[0])
-    found = trait_structure(planted(axis), n=20)
-    assert found.shares["measured d"] > 0.95 > 0.7 > found.shares["world, trait alone"]
-    assert found.likenesses[0].value < 0.6 and len(found.likenesses) == 2
+    axis = np.outer([1.0, 0.7, 0.6, 0.8, -0.5], told[0])
+    found = trait_structure(planted(axis), n=FEW)
+    squares = np.linalg.svd(told, compute_uv=False) ** 2
+    assert found.shares["measured d"] == pytest.approx(1.0)
+    assert found.shares["world, trait alone"] == pytest.approx(squares[0] / squares.sum())
+    assert squares[0] / squares.sum() < 1 - 1e-3
+    product = (axis * told).sum() / (np.linalg.norm(axis) * np.linalg.norm(told))
+    assert found.likenesses[0].value == pytest.approx(product) and product < 1
+    assert len(found.likenesses) == 2
 
 
 def test_one_trait_has_no_structure() -> None:
-    import pandas as pd
-
     frame = pd.DataFrame(
         {
             "arm": ["base"] * 3 + ["risk"] * 3,
