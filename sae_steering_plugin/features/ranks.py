@@ -36,11 +36,9 @@ def mid_ranks(
     columns = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     order = np.argsort((columns << 32) | ordered_bits(single))
     begins = starts[:-1][columns]
-    sorted_values, sorted_columns = single[order], columns[order]
+    ordered, column = single[order], columns[order]
     new = np.ones(len(order), dtype=bool)
-    new[1:] = (sorted_values[1:] != sorted_values[:-1]) | (
-        sorted_columns[1:] != sorted_columns[:-1]
-    )
+    new[1:] = (ordered[1:] != ordered[:-1]) | (column[1:] != column[:-1])
     group = np.cumsum(new) - 1
     first = np.flatnonzero(new)
     last = np.append(first[1:], len(order)) - 1
