@@ -40,9 +40,17 @@ HEAD = (
 )
 
 
-def line(one: Effect) -> str:
+MAPPED = ("sae_ts", "fgaa")
+"""The methods that read their vector off the effect map."""
+
+
+def line(one: Effect, effect_r2: float | None = None) -> str:
+    """A row; methods that stand on an effect map say how well it predicts left-out vectors."""
+    name = one.method
+    if name in MAPPED:
+        name += f" (map: R2 {'not defined' if effect_r2 is None else f'{effect_r2:.2f}'})"
     return (
-        f"| {one.method} | {one.n} | {one.base_mean:.2f} -> {one.arm_mean:.2f} | {one.d:+.2f} | "
+        f"| {name} | {one.n} | {one.base_mean:.2f} -> {one.arm_mean:.2f} | {one.d:+.2f} | "
         f"{one.ci_low:+.2f} to {one.ci_high:+.2f} | {one.p_adjusted:.2g} | {one.valid_rate:.2f} |"
     )
 
@@ -50,21 +58,21 @@ def line(one: Effect) -> str:
 def section(table: ConstructionTable) -> str:
     sizes = [abs(one.d) for one in table.controls]
     ordered = sorted(table.headline, key=lambda one: -one.d)
+    effects = table.settings["effects"]
+    score = effects.get("effect_r2")
     parts = [
         f"## {table.model}",
         f"SAE `{table.sae}`, {table.trait}, every vector {table.strength:g} mean residual norms "
         "long, at all positions.",
-        "\n".join([*HEAD, *(line(one) for one in ordered)]),
+        "\n".join([*HEAD, *(line(one, score) for one in ordered)]),
         f"{len(sizes)} random directions of the same length: mean |d| "
         f"{sum(sizes) / len(sizes):.2f}, largest {max(sizes):.2f}.",
     ]
-    effects = table.settings["effects"]
     if effects:
-        score = effects.get("effect_r2")
         parts.append(
             f"Effect map of SAE-TS and FGAA: {effects['vectors']} vectors, {effects['unreached']} "
             "more did not reach the target loss; R2 on left-out vectors "
-            + ("not defined." if score is None else f"{score:.2f}.")
+            + ("not defined." if score is None else f"{score:.2f} (0: no better than the mean).")
         )
     parts += [f"Left out: {name}: {why}" for name, why in table.left_out.items()]
     return "\n\n".join(parts)

@@ -31,13 +31,14 @@ CORPUS_TOKENS = 128
 @dataclass(frozen=True)
 class TableBudget:
     """How much the table runs. `vectors` are those whose effects on features are measured, from
-    `prompts` continuations each; `outcomes` are unsteered rollouts that CorrSteer learns from."""
+    `prompts` continuations each (14 in arXiv 2411.02193); `outcomes` are unsteered rollouts that
+    CorrSteer learns from."""
 
     pairs: int = 400
     items: int = 200
     controls: int = 10
     vectors: int = 128
-    prompts: int = 8
+    prompts: int = 14
     corpus: int = 6
     outcomes: int = 200
     new_tokens: int = 32

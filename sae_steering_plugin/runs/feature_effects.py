@@ -43,8 +43,12 @@ GRID = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 LOSS_INCREASE = 1.0
 """Nats per token by which every vector raises the loss on the corpus texts."""
 
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Ridge penalties of the map that are tried, in `fit_effects`'s unit."""
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 3.0, 10.0, 100.0)
+"""Ridge penalties of the map that are tried, in `fit_effects`'s unit.
+
+The large ones are for few vectors: with about as many vectors as dimensions the inner folds want
+more than the vectors' own variance, up to a map that knows hardly more than the mean effect.
+"""
 
 KEPT_LOGITS = 32_000_000
 """Logits of one pass over the corpus texts are kept below this many numbers (128 MB)."""

@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,13 @@ from sae_steering_plugin.runs.rollout_plan import (
 )
 from sae_steering_plugin.runs.rollouts import dose_response, run_rollouts
 from sae_steering_plugin.runs.runner import InProcess, run_shard
-from sae_steering_plugin.runs.scenarios import TOOLS
+from sae_steering_plugin.runs.scenarios import (
+    TOOLS,
+    read_scenarios,
+    read_tools,
+    tool_name,
+    tool_result,
+)
 from sae_steering_plugin.runs.transcripts import Rollouts
 from sae_steering_plugin.types import DECODE, Recipe, Scenario, SteeringVector
 
@@ -240,6 +247,9 @@ def organism(request: pytest.FixtureRequest) -> Any:
     return load_organism(request.param, saes=())
 
 
+DOMAINS = ("coding", "research", "communication", "data")
+
+
 def small(organism: Any, folder: Path, **changes: Any) -> RolloutPlan:
     """Five scenarios in three arms, two turns of at most 24 tokens."""
     width = int(organism.model.cfg.d_model)
@@ -249,9 +259,10 @@ def small(organism: Any, folder: Path, **changes: Any) -> RolloutPlan:
         *steering_arms({"a": reference}, strengths=(5.0,)),
         *random_arms(reference, seeds=(0,), strengths=(1.0,), positions=("decode",)),
     )
+    scenarios = changes.pop("scenarios", None) or tuple(organism.world.scenarios(5))
     return RolloutPlan(
         ModelRef.of(organism.name),
-        tuple(organism.world.scenarios(5)),
+        scenarios,
         arms,
         **{"max_turns": 2, "max_new_tokens": 24, "block": 2, **changes},
     )
@@ -288,6 +299,32 @@ def test_shards_and_another_order_of_units_give_the_same_bits(
     one, two = (collect(plan, tmp_path / name) for name in ("one", "two"))
     assert one.digest == two.digest
     assert one.to_pandas()["batch_size"].unique().tolist() == [plan.batch_size]
+
+
+def test_the_released_scenarios_run_and_answer_with_their_own_results(
+    organism: Any, tmp_path: Path, data: Path
+) -> None:
+    released = data / "agent-traits"
+    tools = read_tools(released / "tool_schemas.json")
+    every = read_scenarios(released / "scenarios.jsonl", tools=[tool_name(one) for one in tools])
+    chosen = tuple(next(one for one in every if one.domain == word) for word in DOMAINS)
+    plan = small(organism, tmp_path / "v", scenarios=chosen, tools=tools, max_new_tokens=32)
+    assert InProcess().run(plan, tmp_path, progress=False).complete
+    found = plan.rollouts(collect(plan, tmp_path))
+    known = {one.id: one for one in chosen}
+    assert [one.scenario for one in found.arm("base")] == list(known)
+    answers = 0
+    for one in found:
+        scenario, used = known[one.scenario], Counter[str]()
+        assert [one.messages[0]["content"], one.messages[1]["content"]] == [
+            *(scenario.system, scenario.user)
+        ]
+        for message in (m for m in one.messages if m["role"] == "tool"):
+            name = message["name"]
+            assert message["content"] == tool_result(scenario, name, used[name])
+            used[name] += 1
+            answers += 1
+    assert answers > 0
 
 
 # Memory -------------------------------------------------------------------------------------------
