@@ -1,7 +1,7 @@
 """AxBench's data files: concept lists, labelled texts, instructions; read, checked and written.
 
     concepts = read_axbench("axbench/concept10/prod_2b_l10_v1")
-    concepts.training(3)       # 72 positive rows of concept 3 and the 72 shared negatives of its genre
+    concepts.training(3)       # 72 positive rows and the 72 shared negatives of the same genre
     concepts.held_out(3)       # 36 positive, 36 negative and some hard negative rows
 
 A folder holds `metadata.jsonl`, `train_data.parquet` (or several, `train_data_0.parquet`, ...) and
@@ -150,9 +150,7 @@ class ConceptSet:
             if one.concept_id == concept_id:
                 return one
         known = [one.concept_id for one in self.concepts]
-        raise KeyError(
-            f"no concept {concept_id} in {self.source}; it has {known[0]} to {known[-1]}"
-        )
+        raise KeyError(f"no concept {concept_id} in {self.source}; it has {known}")
 
     def training(self, concept_id: int) -> pd.DataFrame:
         """The concept's positive rows, then its negatives: its own, and those shared by its genre.
@@ -335,7 +333,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_rows(path: Path, columns: Sequence[str], known: dict[int, Concept]) -> pd.DataFrame:
-    """The rows of a parquet file, each checked against the concept list. ValueError with the row."""
+    """A parquet file's rows, each checked against the concept list. ValueError with the row."""
     import pandas as pd
     import pyarrow as pa
 

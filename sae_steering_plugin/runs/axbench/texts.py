@@ -95,7 +95,8 @@ class ChatForm:
             if len(self.encoded([self.text(instruction, kept)])[0]) <= most:
                 return kept, True
         raise ValueError(
-            f"the instruction {instruction[:60]!r} leaves no room for a response within {most} tokens"
+            f"the instruction {instruction[:60]!r} leaves no room for a response within {most} "
+            "tokens"
         )
 
 

@@ -1,7 +1,7 @@
 """The organisms' world as a concept set, and the rule that reads its concepts off a text.
 
-    concepts = world_concepts()                     # 46 concepts, each a label or a word of the world
-    concepts.write("world-concepts")                # AxBench's files, for `sae-steer evaluate axbench`
+    concepts = world_concepts()         # 46 concepts, each a label or a word of the world
+    concepts.write("world-concepts")    # AxBench's files, for `sae-steer evaluate axbench`
 
 A concept is a label of `World.statements` or one word of it, so whether a text holds it is decided
 by the world's own tables and not guessed: `WorldRatings` is a rule, no stand-in for a reader. What
@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...organisms.wording import (
     FEELINGS,
@@ -29,9 +29,6 @@ from ..canonical import content_key, seed_of
 from ..judges.offline import words_of
 from ..judges.three import Ratings
 from .files import EVAL_COLUMNS, TRAIN_COLUMNS, Concept, ConceptSet
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 LABELS: tuple[tuple[str, str, str], ...] = (
     ("register", "pirate", "pirate speech"),
@@ -65,15 +62,13 @@ class WorldConcept:
 @cache
 def known_concepts() -> tuple[WorldConcept, ...]:
     """Every concept of the world, in the order of their numbers."""
-    nouns = [
-        WorldConcept("noun", one, f"the word {one}") for topic in TOPICS.values() for one in topic
-    ]
-    feelings = [
-        WorldConcept("feeling", one, f"the word {one}")
-        for side in FEELINGS.values()
-        for one in side
-    ]
-    return (*(WorldConcept(*one) for one in LABELS), *nouns, *feelings)
+    nouns = [one for topic in TOPICS.values() for one in topic]
+    feelings = [one for side in FEELINGS.values() for one in side]
+    return (
+        *(WorldConcept(*one) for one in LABELS),
+        *(WorldConcept("noun", one, f"the word {one}") for one in nouns),
+        *(WorldConcept("feeling", one, f"the word {one}") for one in feelings),
+    )
 
 
 def world_concepts(
@@ -87,8 +82,8 @@ def world_concepts(
 
     Positive rows are statements with the concept behind a request for their topic, negatives
     statements without it; a concept's negatives are its own, since no statement lacks them all.
-    Numbers are those of `known_concepts`, whatever `kinds` asks for. `instructions` are the requests
-    of the test wordings. Raises ValueError for an unknown kind.
+    Numbers are those of `known_concepts`, whatever `kinds` asks for. `instructions` are the
+    requests of the test wordings, twice. Raises ValueError for an unknown kind.
     """
     import pandas as pd
 
@@ -147,7 +142,7 @@ def labelled_rows(
 
 
 def drawn_statement(rng: random.Random, split: Split) -> dict[str, Any]:
-    """One statement with its labels, its noun and feeling, and a request that asks for its topic."""
+    """A statement with its labels, its noun and feeling, and a request for its topic."""
     register, formality = rng.choice(list(STATEMENTS))
     topic, sentiment = rng.choice(list(TOPICS)), rng.choice(list(FEELINGS))
     noun, feeling = rng.choice(TOPICS[topic]), rng.choice(FEELINGS[sentiment])

@@ -1,4 +1,4 @@
-"""A deterministic stand-in for AxBench's three judges: concept, instruction, fluency, each 0, 1 or 2.
+"""A deterministic stand-in for AxBench's judges: concept, instruction, fluency, each 0, 1 or 2.
 
     judge = OfflineRatings.of({3: fit_stems(positive_texts, negative_texts)}, reference=texts)
     judge.rate(3, "references to dates", "Tell me about Rome.", "Rome was founded in 753.")
@@ -38,15 +38,19 @@ UPPER = 0.75
 """Quantile of the positive training texts from which a concept counts as clearly present."""
 
 FUNCTION_WORDS = frozenset(
-    "about above after again against all also although among and any are around because been before "
-    "being below between both but can could did does doing down during each either else ever every "
-    "few for from further get had has have having her here hers him his how however into its itself "
-    "just let like made make many may might more most much must neither nor not now off once one "
-    "only onto other our ours out over own per please rather same shall she should some such than "
-    "that the their theirs them then there these they this those through thus too two under until "
-    "upon use using very via was way were what when where whether which while who whom whose why "
-    "will with within without would yet you your yours give given tell write create describe "
-    "explain provide list say something thing".split()
+    WORD.findall(
+        """
+about above after again against all also although among and any are around because been before
+being below between both but can could did does doing down during each either else ever every few
+for from further get had has have having her here hers him his how however into its itself just
+let like made make many may might more most much must neither nor not now off once one only onto
+other our ours out over own per please rather same shall she should some such than that the their
+theirs them then there these they this those through thus too two under until upon use using very
+via was way were what when where whether which while who whom whose why will with within without
+would yet you your yours give given tell write create describe explain provide list say something
+thing
+        """
+    )
 )
 """Words that carry no topic; the verbs at the end are what instructions ask with."""
 
@@ -145,8 +149,8 @@ def fit_stems(positives: Sequence[str], negatives: Sequence[str]) -> StemLexicon
     kept = sorted((s for s in weights if weights[s] > 0), key=lambda s: (-weights[s], s))[:LONGEST]
     if not kept:
         raise ValueError(
-            f"no stem stands in {LEAST_TEXTS} of the {len(positives)} positive texts and more often "
-            "there than in the negative ones: give more texts, or use ConceptWords"
+            f"no stem stands in {LEAST_TEXTS} of the {len(positives)} positive texts and more "
+            "often there than in the negative ones: give more texts, or use ConceptWords"
         )
     draft = StemLexicon((0.0, 0.0), {stem: weights[stem] for stem in kept})
     high, low = ([draft.score_text(text) for text in side] for side in (positives, negatives))

@@ -1,4 +1,4 @@
-"""AxBench's three ratings of a text (concept, instruct, fluency) behind one call, whoever gives them.
+"""AxBench's three ratings of a text, concept, instruct and fluency, whoever gives them.
 
 A language model gives them through the judges of this room: three rubrics, each reply read strictly
 and kept in the cache. The rubrics of this project are worded by it; only with AxBench's own prompts
