@@ -1,0 +1,66 @@
+"""Probes of many concepts at once against scikit-learn, one at a time."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from sae_steering_plugin.features import PooledCodes, fit_probes, top_k_accuracy
+
+from .test_scores import drawn, pooled
+
+
+def objective(x, y, w, b, c):
+    logits = x @ w + b
+    return 0.5 * (w**2).sum() + c * (np.logaddexp(0, logits) - y * logits).sum()
+
+
+@pytest.mark.parametrize("c", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize(("n", "width"), [(60, 200), (120, 12)])
+def test_the_objective_is_not_above_scikit_learn_s(n, width, c):
+    table, labels = drawn(n, width, 3)
+    found = fit_probes(pooled(table), labels, inverse_penalty=c)
+    assert found.converged and float(found.gradient.max()) <= 1e-5
+    for concept, y in enumerate(labels.T):
+        theirs = LogisticRegression(C=c, tol=1e-10, max_iter=20_000).fit(table, y)
+        best = objective(table, y, theirs.coef_[0], theirs.intercept_[0], c)
+        w, b = found.weights[:, concept].numpy(), float(found.intercepts[concept])
+        mine = objective(table, y, w, b, c)
+        assert mine == pytest.approx(float(found.objective[concept]), rel=1e-9)
+        assert mine <= best * (1 + 1e-7)
+        assert np.abs(w - theirs.coef_[0]).max() < 1e-3 * max(1.0, np.abs(w).max())
+
+
+def test_logits_are_codes_times_weights():
+    table, labels = drawn()
+    found = fit_probes(pooled(table), labels, concepts=["a", "b", "c"])
+    expected = torch.as_tensor(table) @ found.weights + found.intercepts
+    assert torch.allclose(found.logits(pooled(table)), expected, atol=1e-9)
+    assert found.concepts == ("a", "b", "c")
+
+
+def test_too_few_iterations_warn_and_unfit_labels_are_refused():
+    table, labels = drawn()
+    with pytest.warns(UserWarning, match="stopped after 1 iterations at .* of the first gradient"):
+        assert not fit_probes(pooled(table), labels, iterations=1).converged
+    holes = labels.copy()
+    holes[0, 0] = np.nan
+    with pytest.raises(ValueError, match="unknown labels"):
+        fit_probes(pooled(table), holes)
+    with pytest.raises(ValueError, match="'concept 0' has texts of one class only"):
+        fit_probes(pooled(table), np.ones(len(table)))
+    with pytest.raises(ValueError, match="must be positive"):
+        fit_probes(pooled(table), labels, inverse_penalty=0.0)
+
+
+def test_sparse_probing_finds_the_planted_feature_and_not_in_the_test_texts():
+    table, labels = drawn(200, 20, 1)
+    y = labels[:, 0]
+    table[:, 7] = y * (1 + table[:, 7])
+    table[100:, 3] = 5 * y[100:]  # tells the test texts apart, and nothing in training
+    table[:100, 3] = 0
+    accuracy, chosen = top_k_accuracy(
+        PooledCodes.from_dense(torch.as_tensor(table, dtype=torch.float32)),
+        y, train=range(100), test=range(100, 200),
+    )  # fmt: skip
+    assert chosen == [7] and accuracy == 1.0
