@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from sae_steering_plugin.adapters.sae_lens import SteeringDictionary
+from sae_steering_plugin.cli import app
 from sae_steering_plugin.effects.contrast import corrected
 from sae_steering_plugin.organisms import list_organisms
 from sae_steering_plugin.runs import autonomy as protocol_module
@@ -408,13 +410,19 @@ def test_rollouts_without_vectors_are_this_protocol(
             rollouts(out=tmp_path, **own)
 
 
-def command(embedded: str, out: Path) -> list[str]:
-    words = "--items 4 --block 1 --controls 0 --max-turns 1 --max-new-tokens 16 --strength 0.5"
+def words(embedded: str, out: Path) -> list[str]:
+    size = "--items 4 --block 1 --controls 0 --max-turns 1 --max-new-tokens 16 --strength 0.5"
     return [
-        *(sys.executable, "-m", "sae_steering_plugin.cli", "evaluate", "autonomy"),
-        *("--model", embedded, "--out", str(out), "--trait", "autonomy", "--pairs", "12"),
-        *words.split(),
+        *("evaluate", "autonomy", "--model", embedded, "--out", str(out), "--trait", "autonomy"),
+        *("--pairs", "12", *size.split()),
     ]
+
+
+def run_here(embedded: str, out: Path) -> str:
+    """The command in this process, which has loaded what it needs; what it prints."""
+    result = CliRunner().invoke(app, words(embedded, out))
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 def test_a_run_killed_at_any_moment_and_started_again_gives_the_same_files(
@@ -422,11 +430,14 @@ def test_a_run_killed_at_any_moment_and_started_again_gives_the_same_files(
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     chance = random.Random(0)
-    subprocess.run(command(embedded, whole), cwd=ROOT, check=True, capture_output=True)
+    run_here(embedded, whole)
     (vectors,) = whole.glob("vectors-*")
     shutil.copytree(vectors, broken / vectors.name)
     process = subprocess.Popen(
-        command(embedded, broken), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "sae_steering_plugin.cli", *words(embedded, broken)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     goal = chance.randint(2, 8)
     while process.poll() is None and len(list(broken.glob("part-*"))) < goal:
@@ -436,8 +447,7 @@ def test_a_run_killed_at_any_moment_and_started_again_gives_the_same_files(
     process.wait()
     left = len(list(broken.glob("part-*")))
     assert 0 < left < 16 and not (broken / "autonomy.json").exists()
-    done = subprocess.run(command(embedded, broken), cwd=ROOT, check=True, capture_output=True)
-    assert f"{left} were there" in done.stdout.decode()
+    assert f"{left} were there" in run_here(embedded, broken)
     digests = [json.loads((out / "summary.json").read_text())["digest"] for out in (whole, broken)]
     assert digests[0] == digests[1]
     for name in ("autonomy.json", "autonomy.html", "effects.parquet", "rollouts.parquet"):
