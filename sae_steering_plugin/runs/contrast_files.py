@@ -373,7 +373,9 @@ def skip_blank(text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def table_rows(text: str, path: Path) -> Iterator[Record]:
+def table_rows(
+    text: str, path: Path, required: Sequence[str] = ("positive", "negative")
+) -> Iterator[Record]:
     """One record per row of a comma-separated table with a header line."""
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     previous = csv.field_size_limit(LONGEST_TEXT)
@@ -383,7 +385,7 @@ def table_rows(text: str, path: Path) -> Iterator[Record]:
         for cells in lines:
             place, start = f"{path}:{start}", lines.line_num + 1
             if not header:
-                header = header_of(cells, place)
+                header = header_of(cells, place, required)
             elif any(cell.strip() for cell in cells):
                 if len(cells) != len(header):
                     raise ValueError(
@@ -398,12 +400,12 @@ def table_rows(text: str, path: Path) -> Iterator[Record]:
         csv.field_size_limit(previous)
 
 
-def header_of(cells: Sequence[str], place: str) -> list[str]:
+def header_of(cells: Sequence[str], place: str, required: Sequence[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
     repeated = [name for name, n in Counter(names).items() if n > 1]
     if repeated:
         raise ValueError(f"{place}: column {repeated[0]!r} occurs twice in the header")
-    missing = [name for name in ("positive", "negative") if name not in names]
+    missing = [name for name in required if name not in names]
     if missing:
         raise ValueError(
             f"{place}: field {missing[0]!r} is missing from the header: a table needs the columns "
