@@ -1,15 +1,23 @@
 """What is known of the features of a dictionary, and which of them belong to a concept."""
 
+from .causal import CausalScores, input_score, rank_average
+from .labels import label_features
+from .lens import Lens
 from .pooled import PooledCodes
 from .probes import Probes, fit_probes, top_k_accuracy
 from .scores import SCORES, ScoreTable, score_features
 
 __all__ = [
     "SCORES",
+    "CausalScores",
+    "Lens",
     "PooledCodes",
     "Probes",
     "ScoreTable",
     "fit_probes",
+    "input_score",
+    "label_features",
+    "rank_average",
     "score_features",
     "top_k_accuracy",
 ]

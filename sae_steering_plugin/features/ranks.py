@@ -34,7 +34,8 @@ def mid_ranks(
         raise ValueError("a zero is stored: leave zeros out of sparse codes")
     counts = np.diff(starts)
     columns = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
-    order = np.argsort((columns << 32) | ordered_bits(single))
+    # Columns come in order, which the stable (merging) sort makes use of.
+    order = np.argsort((columns << 32) | ordered_bits(single), kind="stable")
     begins = starts[:-1][columns]
     ordered, column = single[order], columns[order]
     new = np.ones(len(order), dtype=bool)

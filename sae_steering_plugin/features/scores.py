@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae_steering_plugin.types import Scores
+from sae_steering_plugin.types import FeatureTable, Scores
 
 from .pooled import PooledCodes
 from .ranks import mid_ranks
@@ -28,6 +28,9 @@ PRIOR = 1e-3
 than some thousand negatives one false positive decides it: 1e-2 is the better choice then."""
 
 QUANTILES = np.arange(0.05, 0.951, 0.05)
+
+CONSTANT = float(np.finfo(np.float32).eps) ** 2
+"""A variance below this share of the mean square is rounding: codes are float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +81,18 @@ class ScoreTable:
         values[~self.live] = -math.inf
         order = torch.argsort(values, descending=True, stable=True)[:k]
         return [int(feature) for feature in order if bool(self.live[feature])]
+
+    def feature_table(self, concept: str) -> FeatureTable:
+        """Every score of one concept, for every feature of the dictionary, dead ones marked."""
+        import pandas as pd
+
+        column = self.column(concept)
+        values = {name: found[:, column].numpy() for name, found in self.values.items()}
+        if self.tau is not None:
+            values["tau"] = self.tau[:, column].numpy()
+        frame = pd.DataFrame({**values, "live": self.live.numpy()})
+        frame.index.name = "feature"
+        return FeatureTable(frame, self.sae_id, {**self.settings, "concept": concept})
 
     def table(self, k: int = 5, *, by: str | None = None) -> Any:
         """The k best features of each concept as a pandas table, all scores beside each other."""
@@ -309,7 +324,8 @@ class Columns:
         for first, second, n in zip(
             self.moments(1), self.moments(2), (self.n_pos, self.n_neg), strict=True
         ):
-            spread = np.maximum(second - first**2, 0.0)
+            spread = second - first**2
+            spread = np.where(spread > CONSTANT * second, spread, 0.0)
             out.append(spread * n / np.maximum(n - 1, 1))
         return out[0], out[1]
 
@@ -401,7 +417,8 @@ def correlation(columns: Columns) -> np.ndarray:
                                                strict=True)]  # fmt: skip
     share = columns.n_pos / columns.n
     mean = positive * share + negative * (1 - share)
-    spread = np.maximum((squares[0] + squares[1]) / columns.n - mean**2, 0.0)
+    square = (squares[0] + squares[1]) / columns.n
+    spread = np.where(square - mean**2 > CONSTANT * square, square - mean**2, 0.0)
     found = over_spread((positive - negative) * np.sqrt(share * (1 - share)), spread)
     return np.where(np.isfinite(found), found, 0.0)
 

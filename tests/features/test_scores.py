@@ -192,6 +192,33 @@ def test_an_unknown_label_is_the_same_as_a_text_that_is_not_there():
     )  # fmt: skip
 
 
+def test_hard_negatives_marked_unknown_stay_out_of_the_auroc():
+    """AxBench's SAE-A counts them as negatives nowhere: a feature that fires on them keeps its
+    rank, and would lose it."""
+    y = np.array([1.0] * 20 + [0.0] * 40 + [np.nan] * 20)
+    x = np.concatenate([np.linspace(1, 2, 20), np.zeros(40), np.linspace(3, 4, 20)])[:, None]
+    assert float(score_features(pooled(x), y).values["auroc"][0, 0]) == 1.0
+    counted = score_features(pooled(x), np.nan_to_num(y, nan=0.0)).values["auroc"][0, 0]
+    assert float(counted) == pytest.approx(40 / 60, abs=1e-12)
+
+
+def test_one_concept_s_positives_may_be_another_s_negatives():
+    table, labels = drawn(concepts=2)
+    shared = {"a": labels[:, 0], "b": 1 - labels[:, 0]}
+    found = score_features(pooled(table), shared).values["auroc"]
+    assert torch.allclose(found[:, 0] + found[:, 1], torch.ones(len(found), dtype=torch.float64))
+
+
+def test_a_code_without_spread_has_no_finite_effect_size():
+    y = np.array([1.0] * 7 + [0.0] * 6)
+    same, split = np.full(13, 0.3), np.where(y == 1, 0.7, 0.3)
+    names = ("cohens_d", "welch_t", "correlation")
+    found = score_features(pooled(np.stack([same, split, -split], 1)), y, scores=names).values
+    for name in names[:2]:
+        assert found[name][:, 0].tolist() == [0.0, math.inf, -math.inf], name
+    assert found["correlation"][:, 0].tolist() == pytest.approx([0.0, 1.0, -1.0], abs=1e-12)
+
+
 @given(st.integers(0, 50), st.permutations(range(40)), st.permutations(range(6)))
 @settings(max_examples=25, deadline=None)
 def test_the_order_of_texts_and_features_changes_nothing(seed, texts, features):
@@ -300,6 +327,16 @@ def test_f1_of_signed_codes_is_refused():
     table, labels = drawn()
     with pytest.raises(ValueError, match="some codes here are negative"):
         score_features(pooled(-table), labels, scores=("f1",))
+
+
+def test_a_feature_table_holds_every_feature_of_one_concept():
+    table, labels = drawn()
+    found = score_features(pooled(table), labels, concepts=["a", "b", "c"], scores=("f1", "auroc"))
+    frame = found.feature_table("b").table
+    assert list(frame.columns) == ["f1", "auroc", "tau", "live"]
+    assert np.array_equal(frame["auroc"], found.values["auroc"][:, 1].numpy())
+    assert frame.index[~frame["live"]].tolist() == [5]
+    assert found.feature_table("b").settings["concept"] == "b"
 
 
 def test_unknown_names_list_the_known_ones():
