@@ -32,6 +32,9 @@ QUANTILES = np.arange(0.05, 0.951, 0.05)
 CONSTANT = float(np.finfo(np.float32).eps) ** 2
 """A variance below this share of the mean square is rounding: codes are float32."""
 
+ROUNDING = 1e-13
+"""Relative error that sums of some million float64 terms may have."""
+
 
 @dataclass(frozen=True, eq=False)
 class ScoreTable:
@@ -388,9 +391,10 @@ def thresholds(columns: Columns, how: str) -> list[Float[np.ndarray, " feature"]
 
 
 def mean_difference(columns: Columns) -> np.ndarray:
-    """Mean code of the concept's texts minus that of the others."""
+    """Mean code of the concept's texts minus that of the others; 0 where only rounding differs."""
     positive, negative = columns.moments(1)
-    return positive - negative
+    gap = positive - negative
+    return np.where(np.abs(gap) > ROUNDING * (np.abs(positive) + np.abs(negative)), gap, 0.0)
 
 
 def cohens_d(columns: Columns) -> np.ndarray:
@@ -419,7 +423,7 @@ def correlation(columns: Columns) -> np.ndarray:
     mean = positive * share + negative * (1 - share)
     square = (squares[0] + squares[1]) / columns.n
     spread = np.where(square - mean**2 > CONSTANT * square, square - mean**2, 0.0)
-    found = over_spread((positive - negative) * np.sqrt(share * (1 - share)), spread)
+    found = over_spread(mean_difference(columns) * np.sqrt(share * (1 - share)), spread)
     return np.where(np.isfinite(found), found, 0.0)
 
 

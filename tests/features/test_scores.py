@@ -209,14 +209,19 @@ def test_one_concept_s_positives_may_be_another_s_negatives():
     assert torch.allclose(found[:, 0] + found[:, 1], torch.ones(len(found), dtype=torch.float64))
 
 
-def test_a_code_without_spread_has_no_finite_effect_size():
-    y = np.array([1.0] * 7 + [0.0] * 6)
-    same, split = np.full(13, 0.3), np.where(y == 1, 0.7, 0.3)
+@pytest.mark.parametrize("n_pos", [3, 7, 100])
+def test_a_code_without_spread_has_no_finite_effect_size(n_pos):
+    y = np.array([1.0] * n_pos + [0.0] * 611)
+    same = [np.full(len(y), value) for value in np.linspace(0.1, 3, 40)]
+    split = np.where(y == 1, 0.7, 0.3)
     names = ("cohens_d", "welch_t", "correlation")
-    found = score_features(pooled(np.stack([same, split, -split], 1)), y, scores=names).values
+    table = pooled(np.stack([*same, split, -split], 1))
+    found = {
+        name: v[:, 0].tolist() for name, v in score_features(table, y, scores=names).values.items()
+    }
     for name in names[:2]:
-        assert found[name][:, 0].tolist() == [0.0, math.inf, -math.inf], name
-    assert found["correlation"][:, 0].tolist() == pytest.approx([0.0, 1.0, -1.0], abs=1e-12)
+        assert found[name] == [0.0] * 40 + [math.inf, -math.inf], name
+    assert found["correlation"] == pytest.approx([0.0] * 40 + [1.0, -1.0], abs=1e-9)
 
 
 @given(st.integers(0, 50), st.permutations(range(40)), st.permutations(range(6)))

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sae_steering_plugin.adapters.activations import activations_at, encode_texts, padded
-from sae_steering_plugin.runs.pooled_codes import POOLINGS, collect_codes
+from sae_steering_plugin.features import PooledCodes, score_features
+from sae_steering_plugin.runs.pooled_codes import POOLINGS, collect_codes, pool
 from tests.hosts import CORPUS, tiny_sae
 
 ARCHITECTURES = (
@@ -93,6 +94,31 @@ def test_blocks_of_rows_change_nothing(bridge, monkeypatch):
     assert torch.allclose(
         collect_codes(bridge, sae, TEXTS, progress=False)["max"].dense(), whole.dense(), atol=1e-6
     )
+
+
+def test_frequency_loses_a_dense_feature_and_the_mean_keeps_it():
+    """Rank pattern of shared/methods/supervised_feature_selection, table 6.2: the same feature with
+    its threshold lowered step by step, so that it fires on ever more tokens."""
+    generator = torch.Generator().manual_seed(0)
+    texts, tokens = 1200, 20
+    holds = torch.rand(texts, generator=generator) < 0.1
+    share = torch.where(holds, 0.2, 0.01)[:, None]
+    of_concept = torch.rand(texts, tokens, generator=generator) < share
+    signal = of_concept * 3.0 + 0.5 * torch.randn(texts, tokens, generator=generator)
+    thresholds = torch.tensor([1.5, 0.6, 0.2, 0.0])
+    codes = torch.where(signal[..., None] > thresholds, signal[..., None], 0.0)
+    everywhere = torch.ones(texts, tokens, dtype=torch.bool)
+    best, at_zero = {}, {}
+    for name in ("frequency", "mean", "max"):
+        pooled = PooledCodes.from_dense(pool(name, codes, everywhere))
+        best[name] = score_features(pooled, holds, scores=("f1",)).values["f1"][:, 0]
+        fires = PooledCodes.from_dense((pooled.dense() > 0).float())
+        at_zero[name] = score_features(fires, holds, scores=("f1",)).values["f1"][:, 0]
+    assert best["frequency"][0] > 0.5 and (best["frequency"][1:] < 0.25).all()
+    assert best["frequency"][-1] < 0.05
+    assert best["mean"].min() > 0.5
+    assert best["max"].max() < 0.1
+    assert max(float(found.max()) for found in at_zero.values()) < 0.05
 
 
 @pytest.mark.parametrize(
