@@ -34,20 +34,23 @@ def mid_ranks(
         raise ValueError("a zero is stored: leave zeros out of sparse codes")
     counts = np.diff(starts)
     columns = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
-    # Columns come in order, which the stable (merging) sort makes use of.
+    # Columns come in order, which the stable (merging) sort makes use of, and stay where they are.
     order = np.argsort((columns << 32) | ordered_bits(single), kind="stable")
-    begins = starts[:-1][columns]
-    ordered, column = single[order], columns[order]
+    ordered = single[order]
     new = np.ones(len(order), dtype=bool)
-    new[1:] = (ordered[1:] != ordered[:-1]) | (column[1:] != column[:-1])
-    group = np.cumsum(new) - 1
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    new[starts[:-1][counts > 0]] = True
     first = np.flatnonzero(new)
-    last = np.append(first[1:], len(order)) - 1
-    middle = (first + last)[group] / 2 - begins[order] + 1
-    negative = np.bincount(columns[single < 0], minlength=len(counts))
+    last = np.append(first[1:], len(order))
+    # Positions from 1 inside the column; positive values stand above the column's zeros.
     zeros = n - counts
+    middle = (first + last + 1) / 2 - starts[:-1][columns[first]]
+    middle += np.where(ordered[first] > 0, zeros[columns[first]], 0)
     ranks = np.empty(len(order))
-    ranks[order] = middle + np.where(ordered > 0, zeros[column], 0)
+    ranks[order] = np.repeat(middle, last - first)
+    negative = np.zeros(len(counts))
+    if (single < 0).any():
+        negative += np.bincount(columns[single < 0], minlength=len(counts))
     return MidRanks(ranks, negative + (zeros + 1) / 2)
 
 
