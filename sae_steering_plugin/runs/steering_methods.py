@@ -15,7 +15,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Any
 
-from .tuned import dense
+from .tuned import dense, features, loreft, prompts, vectors, weights
 from .tuned.records import ConceptData, Fitted, SteeringMethod
 
 METHODS: dict[str, SteeringMethod] = {
@@ -25,6 +25,20 @@ METHODS: dict[str, SteeringMethod] = {
         SteeringMethod("pca", dense.pca, dense.Component()),
         SteeringMethod("lat", dense.lat, dense.Component()),
         SteeringMethod("probe", dense.probe, dense.ProbeSettings()),
+        SteeringMethod("ssv", vectors.ssv, vectors.SSVSettings()),
+        SteeringMethod("reft_r1", vectors.reft_r1, vectors.ReFTr1Settings()),
+        SteeringMethod("loreft", loreft.loreft, loreft.LoReFTSettings()),
+        SteeringMethod("lora", weights.lora, weights.LoRASettings()),
+        SteeringMethod("prompt", prompts.prompt),
+        *(
+            SteeringMethod(f"{word}{way}", build(f"{word}{way}"), features.Chosen(by))
+            for word, by in (("sae", "label"), ("sae_auroc", "auroc"))
+            for way, build in (
+                ("", features.by_row),
+                ("_clamp", features.by_clamp),
+                ("_min_clamp", features.by_min_clamp),
+            )
+        ),
     )
 }
 

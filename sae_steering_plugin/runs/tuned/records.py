@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,7 +63,8 @@ class Fitted:
     per batch row; a method without a factor ignores them. `detection` scores tokens. `weights`
     opens the block in which the model's weights are changed. `vector` is what is added, with its
     recipe; None when nothing is. `max_activation` is None until the caller has set it (AxBench: the
-    largest score over the evaluation rows).
+    largest score over the evaluation rows). `details` hold what a fit without a vector would keep
+    in a recipe.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Fitted:
     prefix: str = ""
     has_factor: bool = True
     max_activation: float | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def changes_weights(self) -> bool:
