@@ -31,6 +31,17 @@ def test_the_objective_is_not_above_scikit_learn_s(n, width, c):
         assert np.abs(w - theirs.coef_[0]).max() < 1e-3 * max(1.0, np.abs(w).max())
 
 
+@pytest.mark.parametrize("c", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_with_both_at_their_defaults_the_objective_is_not_above_scikit_learn_s(seed, c):
+    table, labels = drawn(60, 200, 3, seed)
+    found = fit_probes(pooled(table), labels, inverse_penalty=c)
+    for concept, y in enumerate(labels.T):
+        theirs = LogisticRegression(C=c, max_iter=5000).fit(table, y)
+        value = objective(table, y, theirs.coef_[0], theirs.intercept_[0], c)
+        assert float(found.objective[concept]) <= value * (1 + 1e-12)
+
+
 def test_logits_are_codes_times_weights():
     table, labels = drawn()
     found = fit_probes(pooled(table), labels, concepts=["a", "b", "c"])
