@@ -65,7 +65,7 @@ def fit_probes(
     a concept with unknown labels needs a fit of its own. Pays for few texts: the Gram matrix is
     texts x texts and dense, and with n^2 near the stored values scikit-learn given the sparse table
     is as fast (`benchmarks/score_features.py`, row 7d). Stops when every concept's gradient is
-    below `tolerance` of its first one (the tests hold the default's objective to scikit-learn's), and
+    below `tolerance` of its first one (tests hold the default's objective to scikit-learn's), and
     warns when `iterations` end before. Raises ValueError for unknown labels and for a concept with
     texts of one class.
     """
