@@ -142,7 +142,9 @@ def interval_rows(sets: int, generator: np.random.Generator) -> Iterator[dict[st
     slack = band(sets, 0.95)
     low, high = (0.93, 0.97) if sets >= SETS else (min(0.93, slack[0]), max(0.97, slack[1]))
     makers: dict[str, Callable[..., Any]] = {
-        "d, percentile": lambda b, a, p: effects.d_interval(b, a, paired=p, resamples=1000),
+        "d, percentile": lambda b, a, p: effects.d_interval(
+            b, a, paired=p, resamples=1000, method="percentile"
+        ),
         "d, bca": lambda b, a, p: effects.d_interval(b, a, paired=p, resamples=1000, method="bca"),
         "superiority, delong": lambda b, a, p: effects.superiority_interval(b, a, paired=p),
     }
