@@ -23,7 +23,7 @@ FALLBACK = 50.0
 """The maximum activation that stands in for one that is missing or not above 0."""
 
 
-def rounded(scores: Sequence[float]) -> list[float]:
+def rounded(scores: Sequence[float | int]) -> list[float]:
     """Token scores as AxBench stores them. Raises ValueError for none, or one that is no number."""
     found = [round(float(one), DECIMALS) for one in scores]
     if not found or not all(map(math.isfinite, found)):
@@ -39,7 +39,7 @@ class Pooled:
     index: int
 
     @classmethod
-    def of(cls, scores: Sequence[float]) -> Pooled:
+    def of(cls, scores: Sequence[float | int]) -> Pooled:
         """The largest rounded token score. The prefix must have been left out before."""
         found = rounded(scores)
         best = max(found)
@@ -126,7 +126,7 @@ class Detection:
 
 
 def detect(
-    scores: Sequence[float],
+    scores: Sequence[float | int],
     categories: Sequence[str],
     *,
     further: Sequence[float] = (),
@@ -161,7 +161,7 @@ def detect(
 
 
 def macro_accuracy(
-    positives: Float[np.ndarray, " text"], hard: Float[np.ndarray, " text"], threshold: float
+    positives: Float[np.ndarray, " positive"], hard: Float[np.ndarray, " hard"], threshold: float
 ) -> float | None:
     """Mean of the accuracy on positives and on hard negatives; None without hard negatives."""
     if not len(hard):

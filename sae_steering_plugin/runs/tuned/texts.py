@@ -22,8 +22,8 @@ READ_BATCH = 16
 class TokenStates:
     """States at a site of every token behind the prefix, text by text."""
 
-    positive: tuple[Float[Tensor, "pos d_model"], ...]
-    negative: tuple[Float[Tensor, "pos d_model"], ...]
+    positive: tuple[Float[Tensor, "_ d_model"], ...]
+    negative: tuple[Float[Tensor, "_ d_model"], ...]
     hook_name: str
     mean_norm: float
 
