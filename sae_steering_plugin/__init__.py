@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
         evidence_tier,
         vector_axis,
     )
+    from .features import label_features, score_features
     from .organisms import list_organisms, load_organism
     from .runs.autonomy import autonomy_protocol, run_autonomy
     from .runs.calibrate import calibrate_strength
@@ -60,12 +61,16 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from .runs.collect import collect_contrast, collect_labelled
     from .runs.contrast_files import read_contrast
     from .runs.feature_effects import collect_effects
+    from .runs.feature_statistics import coactivation, feature_statistics
+    from .runs.feature_tables import decoder_geometry, logit_footprint
     from .runs.judges import judge_agreement, open_judge
     from .runs.open_ended import evaluate_open_ended
     from .runs.outcome_correlation import collect_outcomes
     from .runs.rollout_plan import RolloutPlan
     from .runs.rollouts import dose_response, run_rollouts
     from .runs.runner import InProcess, RayRunner, run_shard
+    from .runs.selection import select_features
+    from .runs.validation import validate_selection
     from .types import (
         AFTER_PROMPT,
         ALL,
@@ -96,6 +101,7 @@ _ROOMS: dict[str, str] = {
     "edits": "Add Clamp Scale Ablate SparseAdd ProjectOut Exchange Gated SimilarTo FeatureFires",
     "effects": "compare cross_trait_matrix behaviour_axis vector_axis dose_reading evidence_tier "
     "agreement",
+    "features": "label_features score_features",
     "adapters.engine": "generate",
     "adapters.steering": "steer fwd_hooks",
     "adapters.transformer_lens": "load_model",
@@ -107,12 +113,16 @@ _ROOMS: dict[str, str] = {
     "runs.collect": "collect_contrast collect_labelled",
     "runs.contrast_files": "read_contrast",
     "runs.feature_effects": "collect_effects",
+    "runs.feature_statistics": "coactivation feature_statistics",
+    "runs.feature_tables": "decoder_geometry logit_footprint",
     "runs.judges": "open_judge judge_agreement",
     "runs.open_ended": "evaluate_open_ended",
     "runs.outcome_correlation": "collect_outcomes",
     "runs.rollouts": "run_rollouts dose_response",
     "runs.rollout_plan": "RolloutPlan",
     "runs.runner": "InProcess RayRunner run_shard",
+    "runs.selection": "select_features",
+    "runs.validation": "validate_selection",
 }
 """Which module each public name lives in. Reading this table imports none of them."""
 

@@ -5,9 +5,11 @@ Nothing here imports a host or another room. Axis words: `batch pos d_model d_sa
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -386,13 +388,93 @@ class Labelled:
         return len(self.labels)
 
 
+FEATURE_TABLE_FORMAT = "sae-steering-plugin feature table 1"
+
+
 @dataclass(frozen=True, eq=False)
 class FeatureTable:
-    """One row per feature of a dictionary; `table.index` holds the feature numbers."""
+    """One row per feature of a dictionary; `table.index` holds the feature numbers.
+
+    `settings` say how every column was made; they travel with the table into its parquet file.
+    """
 
     table: pd.DataFrame
     sae_id: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(map(str, self.table.columns))
+
+    def of(self, features: Sequence[int] | Tensor) -> FeatureTable:
+        """The rows of `features`, in that order. Raises KeyError for one the table lacks."""
+        wanted = [int(feature) for feature in features]
+        known = set(self.table.index)
+        missing = [feature for feature in wanted if feature not in known]
+        if missing:
+            raise KeyError(f"feature {missing[0]} is not in this table of {len(self)} features")
+        return replace(self, table=self.table.loc[wanted])
+
+    def join(self, other: FeatureTable) -> FeatureTable:
+        """Both tables' columns side by side, in this table's order of features.
+
+        Raises ValueError when they describe two dictionaries (two `sae_id` whose content hashes
+        differ), other features, a column twice, or one setting in two ways.
+        """
+        if self.sae_id.rpartition("#")[2] != other.sae_id.rpartition("#")[2]:
+            raise ValueError(
+                f"one table is about {self.sae_id!r} and the other about {other.sae_id!r}"
+            )
+        if set(self.table.index) != set(other.table.index):
+            only = set(self.table.index) ^ set(other.table.index)
+            raise ValueError(
+                f"{len(only)} features are in one table only (feature {min(only)}, for one): take "
+                "the same ones with .of(features) first"
+            )
+        twice = sorted(set(self.columns) & set(other.columns))
+        if twice:
+            raise ValueError(f"both tables have a column {twice[0]!r}")
+        for name in set(self.settings) & set(other.settings):
+            if self.settings[name] != other.settings[name]:
+                raise ValueError(
+                    f"the tables differ in setting {name!r}: {self.settings[name]!r} and "
+                    f"{other.settings[name]!r}"
+                )
+        table = self.table.join(other.table.loc[self.table.index])
+        return FeatureTable(table, self.sae_id, {**self.settings, **other.settings})
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write the table, its `sae_id` and its settings into one parquet file."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        about = {
+            "format": FEATURE_TABLE_FORMAT,
+            "sae_id": self.sae_id,
+            "settings": dict(self.settings),
+        }
+        table = pa.Table.from_pandas(self.table.rename_axis(index="feature"), preserve_index=True)
+        kept = {**(table.schema.metadata or {}), FEATURE_TABLE_KEY: json.dumps(about).encode()}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table.replace_schema_metadata(kept), path)
+
+    @classmethod
+    def from_parquet(cls, path: str | Path) -> FeatureTable:
+        """Read what `to_parquet` wrote. Raises ValueError for any other parquet file."""
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(path)
+        about = json.loads((table.schema.metadata or {}).get(FEATURE_TABLE_KEY, b"{}"))
+        if about.get("format") != FEATURE_TABLE_FORMAT:
+            raise ValueError(f"{path} is no feature table ({FEATURE_TABLE_FORMAT!r})")
+        return cls(table.to_pandas(), about["sae_id"], about["settings"])
+
+
+FEATURE_TABLE_KEY = b"sae_steering_plugin"
+"""Where the parquet schema holds what a feature table says besides its columns."""
 
 
 @dataclass(frozen=True, eq=False)

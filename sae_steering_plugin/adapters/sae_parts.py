@@ -180,7 +180,7 @@ def parts_of(sae: Any, indices: Sequence[int], device: torch.device | str) -> SA
         signed=word in LINEAR or word == "abstopk",
         rectified=word in RECTIFIED,
         table=sae.W_dec.detach().float().to(device) if kind == "topk" else None,
-        norms=_row_norms(sae, device) if kind == "topk" else None,
+        norms=row_norms(sae, device) if kind == "topk" else None,
         rescales=sae.cfg.normalize_activations in RUN_TIME_SCALES,
         reads_context=word == "temporal",
     )
@@ -227,7 +227,7 @@ def _pointwise(
     return lambda x: torch.relu(torch.nn.functional.linear(seen(x), columns, offset))
 
 
-def _row_norms(sae: Any, device: torch.device | str) -> Tensor | None:
+def row_norms(sae: Any, device: torch.device | str) -> Tensor | None:
     """What activations are multiplied with and codes divided by; None without that option."""
     if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
         return None
@@ -239,7 +239,7 @@ def _pre_activations(sae: Any, device: torch.device | str) -> Callable[[Tensor],
     members."""
     encoder = sae.W_enc.detach().float().to(device)
     offset = sae.b_enc.detach().float().to(device)
-    norms = _row_norms(sae, device)
+    norms = row_norms(sae, device)
 
     def pre(x: Tensor) -> Tensor:
         hidden = normalised(sae, x)[0] @ encoder + offset
@@ -275,6 +275,7 @@ __all__ = [
     "normalised",
     "own_nonlinearity",
     "parts_of",
+    "row_norms",
     "site_names",
     "whole_codes",
 ]
