@@ -1,0 +1,283 @@
+"""Hooks for training: what flows through a hook point, or flows back through it, is changed while a
+model learns, and nothing stays behind afterwards.
+
+                            forward                backward
+    ConceptGradientEdit     unchanged              concepts' share rescaled
+    ConceptAblation         concepts taken out     concepts taken out
+    PreventativeSteering    a vector added         unchanged
+
+All three are put on a host's own `HookPoint`s, so they work in a plain training loop, under peft
+and inside a Hugging Face `Trainer` (`training_callback`). Sources: CAFT, arXiv 2507.16795
+(ablation); persona vectors, arXiv 2507.21509 (preventative steering); section 5 of
+shared/methods/gradient_projection (gradient edit, no paper has it). Editing a gradient suppresses a
+concept only where every path from trained weights to the loss passes the edited place; what leaks
+past it is measured by `runs.learning.Leak`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from sae_steering_plugin.adapters.sae_parts import decoder_rows, site_names, whole_codes
+from sae_steering_plugin.adapters.transformer_lens import Model, refuse_compiled, resolve
+from sae_steering_plugin.concepts.maps import concept_basis
+from sae_steering_plugin.types import SteeringVector, Unit
+
+Change = Callable[[Tensor, Tensor | None], Tensor]
+"""`(activation, where) -> activation`; `where` [batch pos] marks positions, None all of them."""
+
+
+class TrainingHook(Protocol):
+    """Something that changes what flows through one hook point while a model is trained."""
+
+    @property
+    def hook_name(self) -> str: ...
+
+    def prepare(self, *, dtype: torch.dtype, device: torch.device) -> Change: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptGradientEdit:
+    """Rescales concepts of the gradient that flows back through the SAE's hook point.
+
+    `scales` gives a factor per latent: 0 suppresses, 1 leaves, 2 doubles, -1 reverses. The forward
+    value does not change. Correlated rows are handled by least-squares coordinates
+    (`concept_basis`): the part of the gradient outside their span is untouched. With `when_active`
+    a latent's factor acts only at positions where it fires.
+
+    Raises ValueError for a latent outside the SAE, more latents than half the width, and rows so
+    alike that their factors contradict one another.
+    """
+
+    sae: Any
+    scales: Mapping[int, float]
+    when_active: bool = False
+
+    def __post_init__(self) -> None:
+        latents = chosen_latents(self.sae, list(self.scales))
+        dropped = concept_basis(decoder_rows(self.sae, latents).cpu()).dropped
+        if dropped:
+            names = ", ".join(str(latents[place]) for place in dropped)
+            raise ValueError(
+                f"latents {names} have nearly the rows of others in the set: leave them out"
+            )
+
+    @property
+    def hook_name(self) -> str:
+        return site_names(self.sae)[1]
+
+    def prepare(self, *, dtype: torch.dtype, device: torch.device) -> Change:
+        latents = list(self.scales)
+        basis = concept_basis(decoder_rows(self.sae, latents).cpu())
+        rows, dual = (part.to(dtype=dtype, device=device) for part in (basis.rows, basis.dual))
+        less = torch.tensor([self.scales[j] - 1 for j in latents], dtype=dtype, device=device)
+
+        def change(x: Tensor, where: Tensor | None) -> Tensor:
+            # Zero in value; its gradient is the gradient that flows back, taken through the map.
+            echo = x - x.detach()
+            factors = less
+            if self.when_active:
+                with torch.no_grad():
+                    fires = whole_codes(self.sae, x.detach().float())[..., latents] != 0
+                factors = less * fires.to(dtype)
+            if where is not None:
+                factors = factors * where[..., None].to(dtype)
+            return x.detach() + echo + ((echo @ rows.T) * factors) @ dual
+
+        return change
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptAblation:
+    """Takes the span of some decoder rows out of the activation: Concept Ablation Fine-Tuning.
+
+    h <- h - (h Q) Q' with Q an orthonormal basis of the rows (arXiv 2507.16795), forward and
+    backward. Raises ValueError as `ConceptGradientEdit` does.
+    """
+
+    sae: Any
+    latents: Sequence[int]
+
+    def __post_init__(self) -> None:
+        chosen_latents(self.sae, list(self.latents))
+
+    @property
+    def hook_name(self) -> str:
+        return site_names(self.sae)[1]
+
+    def prepare(self, *, dtype: torch.dtype, device: torch.device) -> Change:
+        basis = concept_basis(decoder_rows(self.sae, list(self.latents)).cpu())
+        q = basis.orthonormal().to(dtype=dtype, device=device)
+
+        def change(x: Tensor, where: Tensor | None) -> Tensor:
+            taken = (x @ q) @ q.T
+            return x - (taken if where is None else taken * where[..., None].to(dtype))
+
+        return change
+
+
+@dataclass(frozen=True, eq=False)
+class PreventativeSteering:
+    """Adds a vector while the model is trained, so that training need not install what it names.
+
+    The unwanted direction is added during training and left out afterwards (arXiv 2507.21509).
+    `strength` is in `unit`, as everywhere.
+    """
+
+    vector: SteeringVector
+    strength: float
+    unit: Unit = "norm"
+
+    def __post_init__(self) -> None:
+        self.vector.displacement(self.strength, self.unit)
+
+    @property
+    def hook_name(self) -> str:
+        return self.vector.hook_name
+
+    def prepare(self, *, dtype: torch.dtype, device: torch.device) -> Change:
+        length = self.vector.displacement(self.strength, self.unit)
+        step = (self.vector.direction * length).to(dtype=dtype, device=device)
+
+        def change(x: Tensor, where: Tensor | None) -> Tensor:
+            return x + (step if where is None else step * where[..., None].to(dtype))
+
+        return change
+
+
+@dataclass(eq=False)
+class LiveHook:
+    """A hook that is on a model. `where` [batch pos], or [batch 1] for whole examples, limits it.
+
+    Set `where` before a forward pass, None for all positions again. `fired` counts the passes.
+    """
+
+    hook: TrainingHook
+    site: str
+    where: Bool[Tensor, "batch pos"] | None = None
+    fired: int = 0
+    _changes: dict[tuple[torch.dtype, torch.device], Change] = field(default_factory=dict)
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:  # noqa: ARG002
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("training hooks act on a model that learns: leave inference_mode")
+        key = (output.dtype, output.device)
+        if key not in self._changes:
+            self._changes[key] = self.hook.prepare(dtype=output.dtype, device=output.device)
+        where = self.where
+        if where is not None:
+            if where.shape[0] != output.shape[0] or where.shape[1] not in (1, output.shape[1]):
+                raise ValueError(
+                    f"where is {tuple(where.shape)} and the activation {tuple(output.shape)}: give "
+                    "[batch pos] or [batch 1]"
+                )
+            where = where.to(output.device)
+        self.fired += 1
+        return self._changes[key](output, where)
+
+
+@contextmanager
+def training_hooks(
+    model: Model, hooks: TrainingHook | Sequence[TrainingHook]
+) -> Iterator[list[LiveHook]]:
+    """Put training-time hooks on a model for as long as the block lasts.
+
+    Yields one `LiveHook` per hook, in order; hooks of one site act one after another. Everything is
+    taken off at the end, also after an exception. Raises RuntimeError for a compiled model and for
+    a hook that never fired, ValueError where an SAE is attached at the site: its error term cuts
+    the gradient (shared/methods/gradient_projection section 9).
+    """
+    refuse_compiled(model)
+    wanted = [hooks] if not isinstance(hooks, Sequence) else list(hooks)
+    if not wanted:
+        raise ValueError("no training hook is given")
+    live = []
+    with ExitStack() as stack:
+        for hook in wanted:
+            site = resolve(model, hook.hook_name)
+            if site.sae is not None:
+                raise ValueError(
+                    f"an SAE is attached at {site.name!r}: gradients do not pass its error term; "
+                    "detach it before training"
+                )
+            one = LiveHook(hook, site.name)
+            stack.callback(site.point.register_forward_hook(one).remove)
+            live.append(one)
+        yield live
+    silent = [one.site for one in live if not one.fired]
+    if silent:
+        raise RuntimeError(f"the training hook at {silent[0]!r} never fired: no forward pass ran")
+
+
+def training_callback(model: Model, hooks: TrainingHook | Sequence[TrainingHook]) -> Any:
+    """A Hugging Face `TrainerCallback` that keeps the hooks on `model` while it is trained.
+
+    `model` is the bridge; the trainer gets `model.original_model`, in which the bridge's hook
+    points live. The hooks come off when training ends or `callback.close()` is called.
+    """
+    from transformers import TrainerCallback
+
+    class TrainingHooks(TrainerCallback):
+        def __init__(self) -> None:
+            self.stack = ExitStack()
+            self.live: list[LiveHook] = []
+
+        def on_train_begin(self, *arguments: Any, **named: Any) -> None:  # noqa: ARG002
+            self.live = self.stack.enter_context(training_hooks(model, hooks))
+
+        def on_train_end(self, *arguments: Any, **named: Any) -> None:  # noqa: ARG002
+            self.close()
+
+        def close(self) -> None:
+            self.stack.close()
+
+    return TrainingHooks()
+
+
+def chosen_latents(sae: Any, latents: list[int]) -> list[int]:
+    """The latents, checked. Raises ValueError for none, a repeated one and one outside the SAE."""
+    width = sae.W_dec.shape[0]
+    if not latents:
+        raise ValueError("no latent is given")
+    if len(set(latents)) != len(latents):
+        raise ValueError("a latent is named twice")
+    wrong = [j for j in latents if not 0 <= j < width]
+    if wrong:
+        raise ValueError(f"latent {wrong[0]} is outside 0..{width - 1} of this SAE")
+    concept_basis(decoder_rows(sae, latents).cpu())
+    return latents
+
+
+def linear_decoder(sae: Any) -> tuple[Float[Tensor, "latent d_model"], Float[Tensor, " d_model"]]:
+    """Rows and bias with which `decode(z) = z @ rows + bias`, on the CPU in float32.
+
+    Raises ValueError for a dictionary whose decode is not that: run-time normalisation,
+    transcoders, and codes that hang on other positions.
+    """
+    from sae_steering_plugin.adapters.sae_parts import (
+        LINEAR,
+        RANKED,
+        RECTIFIED,
+        RUN_TIME_SCALES,
+        THRESHOLDED,
+        TRANSCODERS,
+        architecture,
+    )
+
+    word, kind = architecture(sae), sae.cfg.normalize_activations
+    if kind in RUN_TIME_SCALES:
+        raise ValueError(
+            f"this SAE normalises activations at run time ({kind}): its codes are not linear "
+            "coordinates of the residual; fold the scale (sae.fold_activation_norm_scaling_factor) "
+            "or use another SAE"
+        )
+    if word in TRANSCODERS or word not in RECTIFIED | THRESHOLDED | RANKED | LINEAR:
+        raise ValueError(f"a dictionary of architecture {word!r} has no linear decode at its site")
+    return decoder_rows(sae).cpu(), sae.b_dec.detach().float().cpu()

@@ -1,0 +1,504 @@
+"""What a model is about to learn from texts, and what it did learn, in the concepts of an SAE.
+
+`learning_report` reads the gradient of a loss at the SAE's hook point; `update_report` compares a
+model with itself after training; `Leak` follows edited concepts while training goes on. Source:
+shared/methods/gradient_projection (the identities; no paper states the report).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sae_steering_plugin.adapters.activations import (
+    TokenBatch,
+    activations_at,
+    bos_policy,
+    encode_texts,
+    padded,
+    refuse_dropout,
+)
+from sae_steering_plugin.adapters.peft import learning_logits
+from sae_steering_plugin.adapters.sae_lens import sae_id
+from sae_steering_plugin.adapters.sae_parts import site_names, whole_codes
+from sae_steering_plugin.adapters.training_hooks import linear_decoder
+from sae_steering_plugin.adapters.transformer_lens import Model, refuse_compiled, resolve
+from sae_steering_plugin.concepts import GradientSums, moved_along, unit_rows
+from sae_steering_plugin.runs.collect import require_fit
+from sae_steering_plugin.types import escaped
+
+MIN_ACTIVE = 0.01
+"""A latent is ranked when it fires at this share of the positions; others may be `emerging`."""
+
+Loss = Callable[[Float[Tensor, "batch pos d_vocab"], TokenBatch], Tensor]
+"""Logits and the batch's tokens to one number, a sum over what is counted (not a mean)."""
+
+
+def next_token_loss(logits: Float[Tensor, "batch pos d_vocab"], batch: TokenBatch) -> Tensor:
+    """Cross-entropy of every real token given those before it, in nats, summed over the batch."""
+    targets = batch.tokens[:, 1:].to(logits.device)
+    counted = (batch.real[:, 1:] & batch.real[:, :-1]).to(logits.device)
+    chance = torch.log_softmax(logits[:, :-1].float(), dim=-1)
+    return -chance.gather(-1, targets[..., None])[..., 0][counted].sum()
+
+
+@dataclass(frozen=True, eq=False)
+class LearningReport:
+    """How texts push a model along each concept of one SAE; see `learning_report`.
+
+    `table()` has a row per latent: `push_mean` (positive: the step wants more of it), its standard
+    error over examples, `push_abs`, `agreement` (|sum| / sum of sizes), `attribution_mean` (loss
+    saved by scaling it up where it is active; CAFT sorts by the opposite sign), `active_share`.
+    `per_example[i]` is the summed push of text i on each of `watch`; `top_of_examples` the latents
+    that text i pushes most. `groups` are the sources of the texts.
+    """
+
+    sums: GradientSums
+    hook_name: str
+    sae_id: str
+    loss: float
+    groups: tuple[str, ...]
+    by_group: Mapping[str, GradientSums]
+    watch: tuple[int, ...]
+    labels: Mapping[int, str] = field(default_factory=dict)
+    min_active: float = MIN_ACTIVE
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_positions(self) -> int:
+        return self.sums.positions
+
+    @property
+    def n_examples(self) -> int:
+        return self.sums.examples
+
+    @property
+    def per_example(self) -> Float[Tensor, "example watched"]:
+        return torch.stack(self.sums.watched)
+
+    @property
+    def top_of_examples(self) -> list[list[tuple[int, float]]]:
+        """For each text the latents it pushes most, with their summed push."""
+        return [
+            [(int(latent), float(value)) for latent, value in zip(*pair, strict=True)]
+            for pair in zip(self.sums.top_latents, self.sums.top_values, strict=True)
+        ]
+
+    def table(self, group: str | None = None) -> Any:
+        """All latents as a pandas table, of everything or of one source."""
+        import pandas as pd
+
+        sums = self.sums if group is None else self._of(group)
+        n = sums.positions
+        found = pd.DataFrame(
+            {
+                "latent": range(len(sums.push)),
+                "push_mean": sums.push / n,
+                "push_se": sums.standard_errors(),
+                "push_abs": sums.push_abs / n,
+                "agreement": sums.push.abs() / sums.push_abs.clamp_min(1e-300),
+                "attribution_mean": sums.attribution / n,
+                "active_share": sums.active / n,
+            }
+        )
+        if self.labels:
+            found["label"] = [self.labels.get(j, "") for j in found["latent"]]
+        return found
+
+    def top(self, k: int = 20, by: str = "push", *, group: str | None = None) -> Any:
+        """The k concepts most pushed among those that fire: |mean push| x agreement by default.
+
+        `by` is "push" or a column of `table`, sorted by size.
+        """
+        found = self.table(group)
+        found = found[found["active_share"] >= self.min_active]
+        return self._sorted(found, by).head(k).reset_index(drop=True)
+
+    def emerging(self, k: int = 20, *, group: str | None = None) -> Any:
+        """Concepts that hardly fire and are pushed: behaviour that is being installed."""
+        found = self.table(group)
+        found = found[(found["active_share"] < self.min_active) & (found["push_mean"] > 0)]
+        return self._sorted(found, "push").head(k).reset_index(drop=True)
+
+    @staticmethod
+    def _sorted(found: Any, by: str) -> Any:
+        if by != "push" and by not in found.columns:
+            raise KeyError(f"no column {by!r}; choose 'push' or one of {', '.join(found.columns)}")
+        size = found["push_mean"].abs() * found["agreement"] if by == "push" else found[by].abs()
+        return found.loc[size.sort_values(ascending=False, kind="stable").index]
+
+    def compare(self, group: str, other: str) -> Any:
+        """Mean push of one source minus that of another, its standard error and z, per latent."""
+        first, second = self.table(group), self.table(other)
+        gap = first["push_mean"] - second["push_mean"]
+        error = (first["push_se"] ** 2 + second["push_se"] ** 2) ** 0.5
+        found = first[["latent"]].assign(difference=gap, se=error, z=gap / error)
+        return found.loc[gap.abs().sort_values(ascending=False, kind="stable").index]
+
+    def totals(self) -> dict[str, float]:
+        """The exact split g.h = named + bias + unnamed, summed, and what share has no name.
+
+        `unnamed_share` is sum |g.err| over the sum of sizes of the three parts.
+        """
+        sums = self.sums
+        sizes = sums.named_abs + sums.biased_abs + sums.unnamed_abs
+        return {
+            "gradient_times_activation": sums.total,
+            "named": sums.named,
+            "bias": sums.biased,
+            "unnamed": sums.unnamed,
+            "unnamed_share": sums.unnamed_abs / sizes if sizes else float("nan"),
+        }
+
+    def energy(self, k: int = 20, *, seeds: int = 10) -> dict[str, float]:
+        """Share of |g|^2 in the span of the k top concepts, and of k random decoder rows.
+
+        Without the second figure (mean over `seeds` draws) the first says nothing.
+        """
+        top = [int(j) for j in self.top(k)["latent"]]
+        draws = []
+        for seed in range(seeds):
+            generator = torch.Generator().manual_seed(seed)
+            rows = torch.randperm(len(self.sums.rows), generator=generator)[: len(top)]
+            draws.append(self.sums.energy(self.sums.rows[rows]))
+        return {"top": self.sums.energy(self.sums.rows[top]), "random": sum(draws) / len(draws)}
+
+    def to_dict(self, k: int = 20) -> dict[str, Any]:
+        """What a page needs: totals, energy, the top and the emerging concepts."""
+        return {
+            "sae": self.sae_id,
+            "hook_name": self.hook_name,
+            "loss": self.loss,
+            "n_examples": self.n_examples,
+            "n_positions": self.n_positions,
+            "totals": self.totals(),
+            "energy": self.energy(k),
+            "top": self.top(k).to_dict("records"),
+            "emerging": self.emerging(k).to_dict("records"),
+            "settings": dict(self.settings),
+        }
+
+    def _of(self, group: str) -> GradientSums:
+        if group not in self.by_group:
+            raise KeyError(f"no source {group!r}; there are {', '.join(self.by_group)}")
+        return self.by_group[group]
+
+    def _repr_html_(self) -> str:
+        totals, energy = self.totals(), self.energy()
+        head = (
+            f"{self.n_examples} texts, {self.n_positions} positions at {self.hook_name}; "
+            f"the SAE cannot name {totals['unnamed_share']:.0%} of the signal; the top 20 concepts "
+            f"hold {energy['top']:.0%} of its energy (as many random rows: {energy['random']:.0%})"
+        )
+        tables = "".join(
+            f"<h4>{name}</h4>{found.to_html(index=False, float_format='%.4g')}"
+            for name, found in (("pushed", self.top(10)), ("emerging", self.emerging(10)))
+        )
+        return f"<p>{escaped(head)}</p>{tables}"
+
+
+def learning_report(
+    model: Model,
+    saes: Any,
+    texts: Sequence[str],
+    *,
+    groups: Sequence[str] = (),
+    loss: Loss = next_token_loss,
+    watch: Sequence[int] = (),
+    labels: Mapping[int, str] | None = None,
+    min_active: float = MIN_ACTIVE,
+    max_tokens: int | None = None,
+    prepend_bos: bool | None = None,
+    batch_size: int = 8,
+    keep: int = 10,
+    progress: bool = True,
+) -> Any:
+    """What one step of gradient descent on `texts` pushes a model towards, concept by concept.
+
+    `saes` is one SAE, or a list of them at different sites (then a dict by hook name comes back);
+    no weight is changed and nothing upstream of the first site is differentiated. `loss` takes
+    logits and the tokens to a *sum*; its last real position and the BOS are left out of the count,
+    because next-token losses give no gradient there. `groups` names the source of each text:
+    sources are also summed apart. `watch` keeps every text's push on these latents.
+
+    Raises ValueError for an SAE whose decode is not linear at its site, for an attached SAE (it
+    corrupts gradients), for active dropout, and for a loss that is no single number.
+    """
+    wanted = list(saes) if isinstance(saes, Sequence) else [saes]
+    if not wanted:
+        raise ValueError("no SAE is given")
+    if not len(texts):
+        raise ValueError("there are no texts")
+    if groups and len(groups) != len(texts):
+        raise ValueError(f"groups has {len(groups)} entries for {len(texts)} texts")
+    sources = tuple(groups) or ("",) * len(texts)
+    sites = [site_names(sae)[0] for sae in wanted]
+    if len(set(sites)) != len(sites):
+        raise ValueError("two SAEs read one site: report on them one after the other")
+    decoders = [linear_decoder(sae) for sae in wanted]
+    refuse_compiled(model)
+    refuse_dropout(model)
+    policies = {bos_policy(model, sae, prepend_bos) for sae in wanted}
+    if len(policies) > 1:
+        raise ValueError("the SAEs were trained with and without BOS: pass prepend_bos")
+    encoded = encode_texts(model, texts, prepend_bos=policies.pop(), max_tokens=max_tokens)
+    sums = [
+        {name: GradientSums(rows, bias, tuple(watch), keep) for name in dict.fromkeys(sources)}
+        for rows, bias in decoders
+    ]
+    whole = [GradientSums(rows, bias, tuple(watch), keep) for rows, bias in decoders]
+    total = 0.0
+    with tqdm(total=len(texts), desc="gradients", unit="text", disable=not progress) as bar:
+        for start in range(0, len(texts), batch_size):
+            batch = padded(model, encoded[start : start + batch_size])
+            value, seen = gradients(model, sites, batch, loss)
+            total += value
+            counted = counted_positions(batch)
+            for place, (h, g) in enumerate(seen):
+                if start == 0:
+                    require_fit(wanted[place], sites[place], h[counted.to(h.device)], None)
+                with torch.no_grad():
+                    z = whole_codes(wanted[place], h)
+                for row in range(len(h)):
+                    where = counted[row].to(h.device)
+                    parts = g[row][where], h[row][where], z[row][where]
+                    whole[place].add(*parts)
+                    sums[place][sources[start + row]].add(*parts)
+            bar.update(len(batch.tokens))
+    reports = {
+        site: LearningReport(
+            whole[place],
+            site,
+            sae_id(wanted[place]),
+            total,
+            sources,
+            sums[place],
+            tuple(watch),
+            dict(labels or {}),
+            min_active,
+            {"loss": getattr(loss, "__name__", "given"), "batch_size": batch_size},
+        )
+        for place, site in enumerate(sites)
+    }
+    return reports if isinstance(saes, Sequence) else reports[sites[0]]
+
+
+def counted_positions(batch: TokenBatch) -> Bool[Tensor, "batch pos"]:
+    """Real tokens but a leading BOS and each text's last, which predicts nothing."""
+    kept = batch.counted.clone()
+    lengths = batch.real.sum(dim=1)
+    kept[torch.arange(len(kept)), batch.place + lengths - 1] = False
+    return kept
+
+
+def gradients(
+    model: Model, sites: Sequence[str], batch: TokenBatch, loss: Loss
+) -> tuple[float, list[tuple[Tensor, Tensor]]]:
+    """The loss of a batch, and activation and gradient at each site, float32.
+
+    The first site of the pass becomes a leaf, so that nothing below it is differentiated and
+    frozen weights do not matter; weights get no gradient.
+    """
+    with captured(model, sites) as seen:
+        with torch.enable_grad():
+            value = loss(learning_logits(model, batch), batch)
+        if value.ndim:
+            raise ValueError(f"the loss has shape {tuple(value.shape)}; it must be one number")
+        tensors = [seen[site] for site in sites]
+        found = torch.autograd.grad(value, tensors, allow_unused=True)
+    out = []
+    for site, h, g in zip(sites, tensors, found, strict=True):
+        if g is None:
+            raise ValueError(f"the loss does not hang on {site!r}")
+        out.append((h.detach().float(), g.detach().float()))
+    return float(value), out
+
+
+@contextmanager
+def captured(model: Model, sites: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Keep what flows past each site in the graph; the first one to come is made a leaf."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:  # noqa: ARG001
+            flowing = output if seen else output.detach().requires_grad_(True)
+            seen[name] = flowing
+            return flowing
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in sites:
+            site = resolve(model, name)
+            if site.sae is not None:
+                raise ValueError(
+                    f"an SAE is attached at {name!r}: gradients do not pass its error term; detach "
+                    "it first"
+                )
+            stack.callback(site.point.register_forward_hook(keep(name)).remove)
+        yield seen
+
+
+# Finished updates -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateReport:
+    """What changed at an SAE's site between two models on the same texts; see `update_report`.
+
+    Columns of `table`: `moved` (mean change of the activation along the unit row, residual units),
+    `code_change` (mean change of the code), `rate_before`, `rate_after` (share of positions that
+    fire). `error_before` and `error_after` are shares of variance the SAE leaves unexplained: when
+    the second is much larger, the SAE no longer fits.
+    """
+
+    table: Any
+    hook_name: str
+    mean_change: Float[Tensor, " d_model"]
+    error_before: float
+    error_after: float
+    n_positions: int
+
+    @property
+    def size(self) -> float:
+        """Length of the mean change, residual units."""
+        return float(self.mean_change.norm())
+
+    def top(self, k: int = 20, by: str = "moved") -> Any:
+        order = self.table[by].abs().sort_values(ascending=False, kind="stable").index
+        return self.table.loc[order].head(k).reset_index(drop=True)
+
+    def _repr_html_(self) -> str:
+        head = (
+            f"{self.n_positions} positions at {self.hook_name}; mean change {self.size:.3g}; "
+            f"variance the SAE leaves out: {self.error_before:.1%} before, {self.error_after:.1%} "
+            "after"
+        )
+        body = self.top(10).to_html(index=False, float_format="%.4g")
+        return f"<p>{escaped(head)}</p>{body}"
+
+
+def update_report(
+    before: Model,
+    after: Model,
+    sae: Any,
+    texts: Sequence[str],
+    *,
+    max_tokens: int | None = None,
+    prepend_bos: bool | None = None,
+    batch_size: int = 16,
+) -> UpdateReport:
+    """Activations and codes of the same texts in two models, both read by the base model's SAE.
+
+    `before` and `after` may be one object whose weights change in between only if its activations
+    were kept: pass two models. A LoRA delta or a single matrix needs no model: `lora_write`,
+    `write_share`, `read_share`. Raises ValueError when the two tokenise differently.
+    """
+    first = kept_activations(before, sae, texts, max_tokens, prepend_bos, batch_size)
+    second = kept_activations(after, sae, texts, max_tokens, prepend_bos, batch_size)
+    return changed(first, second, sae)
+
+
+def kept_activations(
+    model: Model,
+    sae: Any,
+    texts: Sequence[str],
+    max_tokens: int | None,
+    prepend_bos: bool | None,
+    batch_size: int,
+) -> Float[Tensor, "pos d_model"]:
+    """Activations of all counted positions of the texts at the SAE's site."""
+    bos = bos_policy(model, sae, prepend_bos)
+    encoded = encode_texts(model, texts, prepend_bos=bos, max_tokens=max_tokens)
+    found = []
+    for start in range(0, len(encoded), batch_size):
+        batch = padded(model, encoded[start : start + batch_size])
+        x = activations_at(model, site_names(sae)[0], batch)
+        found.append(x[batch.counted.to(x.device)].cpu())
+    return torch.cat(found)
+
+
+def changed(
+    first: Float[Tensor, "pos d_model"], second: Float[Tensor, "pos d_model"], sae: Any
+) -> UpdateReport:
+    """The report of two sets of activations at the same positions."""
+    import pandas as pd
+
+    if first.shape != second.shape:
+        raise ValueError(
+            f"activations of {tuple(first.shape)} and {tuple(second.shape)}: both models must "
+            "tokenise the texts alike"
+        )
+    rows, bias = linear_decoder(sae)
+    sums: list[tuple[Tensor, Tensor]] = []
+    errors = []
+    for x in (first, second):
+        code, fires, left = torch.zeros(len(rows)), torch.zeros(len(rows)), 0.0
+        for start in range(0, len(x), 1024):
+            block = x[start : start + 1024]
+            with torch.no_grad():
+                z = whole_codes(sae, block[:, None])[:, 0].cpu()
+            code += z.sum(0)
+            fires += (z != 0).sum(0)
+            left += float((block - z @ rows - bias).square().sum())
+        sums.append((code / len(x), fires / len(x)))
+        errors.append(left / float((x - x.mean(0)).square().sum()))
+    table = pd.DataFrame(
+        {
+            "latent": range(len(rows)),
+            "moved": moved_along(first, second, rows),
+            "code_change": (sums[1][0] - sums[0][0]).double(),
+            "rate_before": sums[0][1].double(),
+            "rate_after": sums[1][1].double(),
+        }
+    )
+    mean = (second.double() - first.double()).mean(0).float()
+    return UpdateReport(table, site_names(sae)[0], mean, errors[0], errors[1], len(first))
+
+
+@dataclass(eq=False)
+class Leak:
+    """Follows how far chosen concepts move while a model is trained, edits or not.
+
+    Made before training; `measure(step)` after some steps. Each record holds the mean movement
+    along every latent's unit row (residual units) and `share`, the part of the mean change that
+    lies in their span. A suppressed concept that moves all the same has leaked.
+    """
+
+    model: Model
+    sae: Any
+    latents: Sequence[int]
+    texts: Sequence[str]
+    batch_size: int = 16
+    records: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._rows = unit_rows(linear_decoder(self.sae)[0][list(self.latents)])
+        self._start = self._now()
+
+    def measure(self, step: int) -> dict[str, float]:
+        """One record: the movement since the start."""
+        change = (self._now().double() - self._start.double()).mean(0)
+        basis = torch.linalg.qr(self._rows.T).Q
+        size = float(change.norm())
+        record = {"step": float(step), "size": size}
+        for latent, value in zip(self.latents, (self._rows @ change).tolist(), strict=True):
+            record[f"latent {latent}"] = value
+        record["share"] = float((basis.T @ change).norm()) / size if size else 0.0
+        self.records.append(record)
+        return record
+
+    def table(self) -> Any:
+        import pandas as pd
+
+        return pd.DataFrame(self.records)
+
+    def _now(self) -> Tensor:
+        return kept_activations(self.model, self.sae, self.texts, None, None, self.batch_size)
