@@ -56,6 +56,8 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from .features import label_features, score_features
     from .organisms import list_organisms, load_organism
     from .runs.autonomy import autonomy_protocol, run_autonomy
+    from .runs.axbench.evaluation import run_axbench
+    from .runs.axbench.files import read_axbench
     from .runs.calibrate import calibrate_strength
     from .runs.choices import evaluate_choices
     from .runs.collect import collect_contrast, collect_labelled
@@ -69,6 +71,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from .runs.rollout_plan import RolloutPlan
     from .runs.rollouts import dose_response, run_rollouts
     from .runs.runner import InProcess, RayRunner, run_shard
+    from .runs.side_effects import measure_side_effects
     from .runs.selection import select_features
     from .runs.validation import validate_selection
     from .types import (
@@ -108,6 +111,8 @@ _ROOMS: dict[str, str] = {
     "adapters.sae_lens": "SteeringDictionary load_sae",
     "organisms": "load_organism list_organisms",
     "runs.autonomy": "autonomy_protocol run_autonomy",
+    "runs.axbench.evaluation": "run_axbench",
+    "runs.axbench.files": "read_axbench",
     "runs.calibrate": "calibrate_strength",
     "runs.choices": "evaluate_choices",
     "runs.collect": "collect_contrast collect_labelled",
@@ -121,6 +126,7 @@ _ROOMS: dict[str, str] = {
     "runs.rollouts": "run_rollouts dose_response",
     "runs.rollout_plan": "RolloutPlan",
     "runs.runner": "InProcess RayRunner run_shard",
+    "runs.side_effects": "measure_side_effects",
     "runs.selection": "select_features",
     "runs.validation": "validate_selection",
 }

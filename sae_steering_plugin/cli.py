@@ -354,6 +354,121 @@ def generate(
             typer.echo(f"saved to {out}")
 
 
+# Selection ----------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="\b\nExample:\n  sae-steer select --world --out selected\n"
+    "  sae-steer select --labels posts.csv --text body --label topic --out selected",
+)
+def select(
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV, JSONL or parquet of texts with labels.")
+    ] = None,
+    world: Annotated[
+        bool, typer.Option("--world", help="Instead of --labels: an organism's own statements.")
+    ] = False,
+    text: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    label: Annotated[
+        str | None, typer.Option(help="Column with one label, or a list of labels, per text.")
+    ] = None,
+    concept: Annotated[
+        list[str] | None, typer.Option(help="Column of 1 and 0 for a concept; may be given again.")
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Column that names what must stay in one split.")
+    ] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="What separates several labels in one cell, such as |.")
+    ] = None,
+    variant: Annotated[
+        str, typer.Option(help="full (with the causal filter) or interpretability.")
+    ] = "full",
+    score: Annotated[str, typer.Option(help="f1, auroc, mean_difference, cohens_d, ...")] = "f1",
+    order: Annotated[str, typer.Option(help="score, output or product (of both ranks).")] = "score",
+    pooling: Annotated[
+        str, typer.Option(help="frequency, mean, max, last or any, over a text's tokens.")
+    ] = "frequency",
+    prior: Annotated[
+        float, typer.Option(help="Reference prevalence of f1; 1e-2 for few texts.")
+    ] = 1e-3,
+    support: Annotated[int, typer.Option(min=1, help="Texts that a concept needs.")] = 50,
+    cut: Annotated[float, typer.Option(help="Least output score, with --variant full.")] = 1e-3,
+    k: Annotated[int, typer.Option(min=1, help="Features kept per concept.")] = 5,
+    cut_texts: Annotated[
+        bool, typer.Option("--cut-texts", help="Cut texts at the model's context.")
+    ] = False,
+    model: ModelOption = "agent-gpt2",
+    sae: SAEOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    seed: SeedOption = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder for table, JSON and SAELens dictionary.")
+    ] = Path("sae-steer-selected"),
+    debug: DebugOption = False,
+) -> None:
+    """Choose the features of concepts from labelled texts; write table, JSON and a SAELens folder.
+
+    Labels are checked before the model is loaded: blank ones are unknown, anything else that is no
+    label is refused with its line and column.
+    """
+    with one_line_errors(debug):
+        quiet_hosts()
+        if (labels is None) == (not world):
+            raise ValueError("what to select for? pass either --labels FILE or --world")
+        from sae_steering_plugin.runs.labelled_texts import read_labelled, world_statements
+        from sae_steering_plugin.runs.selection import (
+            check_options,
+            select_features,
+            usable_concepts,
+        )
+
+        check_options(variant, score, order, pooling, max(k, 50), k)
+        if labels is not None:
+            data = read_labelled(
+                labels,
+                text=text,
+                label=label,
+                concepts=tuple(concept or ()),
+                group=group,
+                separator=separator,
+            )
+        else:
+            data = world_statements(seed=seed)
+        usable_concepts(data.labels, len(data.texts), support=support)
+        from sae_steering_plugin.runs.subject import open_subject
+
+        subject = open_subject(model, sae, device=device, dtype=dtype)
+        if subject.sae is None:
+            raise ValueError("selection needs a dictionary: pass --sae")
+        found = select_features(
+            subject.model,
+            subject.sae,
+            data.texts,
+            data.labels,
+            groups=data.groups,
+            variant=variant,
+            score=score,
+            order=order,
+            pooling=pooling,
+            prior=prior,
+            support=support,
+            candidates=max(k, 50),
+            cut=cut,
+            k=k,
+            cut_texts=cut_texts,
+            seed=seed,
+        )
+        written = found.save(out)
+        shown(found.best(), "best feature of each concept")
+        for note in (*data.notes, *found.notes):
+            typer.echo(f"note: {note}")
+        got, asked = found.coverage
+        typer.echo(f"{got} of {asked} concepts have a feature; the others count as unsteered")
+        typer.echo(f"wrote {', '.join(str(path) for path in written)}")
+
+
 # Protocols ----------------------------------------------------------------------------------------
 
 
@@ -561,7 +676,7 @@ def shown(rows: list[dict[str, Any]], title: str) -> None:
     Console(width=width, markup=False, highlight=False).print(table)
 
 
-LEFT_COLUMNS = ("method", "positions", "arm", "judge", "set")
+LEFT_COLUMNS = ("method", "positions", "arm", "judge", "set", "concept")
 
 
 def side_by_side(rows: list[tuple[str, str, str]]) -> None:

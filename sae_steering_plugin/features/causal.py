@@ -63,7 +63,7 @@ def lens_probability(
     """
     p = logp.double().exp()
     best = p.gather(1, tokens).amax(1)
-    rank = (p > best[:, None]).sum(1)
+    rank = (p > best[:, None]).sum(1).double()
     return (1 - rank / logp.shape[1]) * best
 
 

@@ -39,7 +39,7 @@ from sae_steering_plugin.features.causal import (
     lens_probability,
 )
 from sae_steering_plugin.features.lens import LENS_TOKENS, Lens, top_tokens
-from sae_steering_plugin.types import LAST, Edit, SMALLEST_NORM
+from sae_steering_plugin.types import LAST, SMALLEST_NORM, Edit
 
 PROMPT = "From my experience,"
 """The neutral prompt of the code of arXiv 2505.20063 (the paper prints "In my experience,")."""

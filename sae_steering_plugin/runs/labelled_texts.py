@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from sae_steering_plugin.runs.contrast_files import (
     table_rows,
     whole_text,
 )
+
+if TYPE_CHECKING:
+    from sae_steering_plugin.organisms.wording import Split
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 YES, NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
@@ -156,7 +159,8 @@ def _from_labels(
     names = sorted({name for found in sets if found for name in found})
     if not names:
         raise ValueError(f"{path}: column {column!r} holds no label")
-    if len(names) > min(MOST_CONCEPTS, max(2, len(records) // 2)):
+    times = Counter(name for found in sets if found for name in found)
+    if len(names) > MOST_CONCEPTS or (len(names) > 2 and max(times.values()) == 1):
         raise ValueError(
             f"{path}: column {column!r} holds {len(names)} different values in {len(records)} "
             "rows: that is a text or an id, not a label"
@@ -233,3 +237,24 @@ def _refuse_one_sided(table: Mapping[str, np.ndarray], path: Path) -> None:
             f"{path}: no concept has texts with and texts without it ({name!r}: {n} with, "
             f"{int((table[name] == 0).sum())} without)"
         )
+
+
+def world_statements(n: int = 900, *, split: Split = "train", seed: int = 0) -> LabelledTexts:
+    """Statements of the organisms' world with their topic, sentiment, formality and register.
+
+    Groups are wordings, so that no split has seen another's.
+    """
+    from sae_steering_plugin.organisms.world import World
+
+    drawn = World().statements(n, split=split, seed=seed)
+    table = {
+        f"{what}={value}": np.array([float(one[what] == value) for one in drawn])
+        for what in ("topic", "sentiment", "formality", "register")
+        for value in sorted({one[what] for one in drawn})
+    }
+    return LabelledTexts(
+        tuple(one["text"] for one in drawn),
+        table,
+        tuple(one["group"] for one in drawn),
+        settings={"world": "statements", "split": split, "seed": seed},
+    )

@@ -25,6 +25,7 @@ from sae_steering_plugin.adapters.activations import bos_policy, encode_texts, m
 from sae_steering_plugin.adapters.sae_lens import SteeringDictionary, sae_id
 from sae_steering_plugin.directions.feature import feature_vector
 from sae_steering_plugin.features.causal import CausalScores, rank_average
+from sae_steering_plugin.features.lens import LENS_TOKENS
 from sae_steering_plugin.features.pooled import PooledCodes
 from sae_steering_plugin.features.scores import PRIOR, ScoreTable, label_table, score_features
 from sae_steering_plugin.runs.causal_scores import PROMPT, STRENGTH, output_scores
@@ -102,6 +103,20 @@ class SelectedFeatures:
         if "feature" in frame:
             frame["feature"] = frame["feature"].astype("Int64")
         return frame
+
+    def best(self) -> list[dict[str, str]]:
+        """The best feature of each concept as short words, for a terminal; "-" where none is."""
+        names = [f"train_{self.settings['score']}", f"test_{self.settings['score']}"]
+        names += ["test_auroc", "output_score", "delta_confidence", "a_max", "density", "support"]
+        rows = []
+        for concept in self.concepts:
+            scores = self.selections[concept].scores if concept in self.selections else {}
+            feature = str(self.selections[concept].features[0]) if scores else "-"
+            row = {"concept": concept, "feature": feature}
+            for name in dict.fromkeys(names):
+                row[name] = f"{scores[name][0]:.3g}" if name in scores else "-"
+            rows.append(row)
+        return rows
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write features.csv, selection.json and vectors/ (when there are any); their paths."""
@@ -188,6 +203,7 @@ def select_features(
     k: int = KEPT,
     prompt: str = PROMPT,
     strength: float = STRENGTH,
+    lens_k: int = LENS_TOKENS,
     starts: Sequence[int] = (),
     prepend_bos: bool | None = None,
     cut_texts: bool = False,
@@ -203,6 +219,7 @@ def select_features(
     (firing frequency by default: it favours dense features less than max, but is itself sensitive
     to sparsity; run comparisons of dictionaries with "mean" too). Among the best `candidates`,
     `order` ranks by that "score", by "output" score, or by "product", the average of both ranks.
+    `prompt`, `strength` and `lens_k` are those of `output_scores`.
 
     Texts are split 60/20/20 with `groups` and repeated texts kept whole, or as `splits` says. The
     score, its threshold and a_max (largest code over training tokens without BOS) come from train;
@@ -243,6 +260,7 @@ def select_features(
             sorted({feature for found in best.values() for feature in found}),
             prompt=prompt,
             strength=strength,
+            k=lens_k,
             prepend_bos=prepend_bos,
             progress=progress,
         )
