@@ -67,7 +67,7 @@ def sharing_of(
     that the prompt may end inside these tokens, so that decode-only edits may act in them.
     """
     refuse_compiled(model, "")
-    if len(tokens) < 2 or not _layers_carry_only_the_residual(model):
+    if len(tokens) < 2 or not layers_carry_only_the_residual(model):
         return None
     texts = torch.cat([tokens, mask.to(tokens.dtype)], dim=1)
     distinct, member = torch.unique(texts, dim=0, return_inverse=True)
@@ -79,7 +79,7 @@ def sharing_of(
     numbers = torch.arange(len(tokens), device=tokens.device).flip(0)
     first = member.new_zeros(len(distinct)).scatter_(0, member.flip(0), numbers)
     blocks = len(model.blocks)
-    foreign = _lowest_foreign_hook(model)
+    foreign = lowest_foreign_hook(model)
     prompt_untouched = fixed_prompt and all(
         e.positions.phase == "decode" and not condition_sites(e) for e in edits
     )
@@ -89,7 +89,7 @@ def sharing_of(
     return Sharing(first, member, depth, whole=False) if depth > 0 else None
 
 
-def _layers_carry_only_the_residual(model: Model) -> bool:
+def layers_carry_only_the_residual(model: Model) -> bool:
     """False where a block hands its successors more than the residual stream and its own cache."""
     if not hasattr(model, "blocks") or getattr(model.cfg, "positional_embedding_type", "") == (
         "shortformer"
@@ -110,7 +110,7 @@ def _lowest_layer(model: Model, edit: Edit) -> int:
     return min(layer_of(resolve(model, name).name) or 0 for name in names)
 
 
-def _lowest_foreign_hook(model: Model) -> int:
+def lowest_foreign_hook(model: Model) -> int:
     """The lowest block with a hook on one of its hook points; beyond the last one when none has."""
     blocks = len(model.blocks)
     lowest = blocks + 1

@@ -1,0 +1,33 @@
+import math
+
+import pytest
+import torch
+
+from sae_steering_plugin.effects.shifted import shift_columns, shifted
+
+
+def figures(clean, steered):
+    found = shifted(torch.tensor([clean]), torch.tensor([steered]))[0].tolist()
+    return dict(zip(shift_columns(), found, strict=True))
+
+
+def test_divergences_are_those_of_the_two_distributions():
+    found = figures([0.0, math.log(3.0)], [0.0, 0.0])
+    assert found["kl_clean_steered"] == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    assert found["kl_steered_clean"] == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+
+
+def test_logits_moved_shares_and_effective_number():
+    found = figures([0.0] * 20, [0.3] * 12 + [0.0] * 8)
+    assert found["logits_moved_0.2"] == 12
+    assert found["logits_moved_0.5"] == 0
+    assert found["logit_share_top10"] == pytest.approx(10 / 12)
+    assert found["logit_share_top500"] == pytest.approx(1.0)
+    assert found["logits_effective"] == pytest.approx(12)
+
+
+def test_a_shift_of_zero_has_no_shares():
+    found = figures([1.0, 2.0], [1.0, 2.0])
+    assert found["kl_clean_steered"] == 0.0
+    assert math.isnan(found["logit_share_top10"])
+    assert found["logits_effective"] == 0.0
