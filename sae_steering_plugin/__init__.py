@@ -17,6 +17,13 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from .adapters.engine import generate
     from .adapters.sae_lens import SteeringDictionary, load_sae
     from .adapters.steering import fwd_hooks, steer
+    from .adapters.training_hooks import (
+        ConceptAblation,
+        ConceptGradientEdit,
+        PreventativeSteering,
+        training_callback,
+        training_hooks,
+    )
     from .adapters.transformer_lens import load_model
     from .directions import (
         caa_vector,
@@ -66,13 +73,16 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from .runs.feature_statistics import coactivation, feature_statistics
     from .runs.feature_tables import decoder_geometry, logit_footprint
     from .runs.judges import judge_agreement, open_judge
+    from .runs.learning import learning_report, update_report
     from .runs.open_ended import evaluate_open_ended
     from .runs.outcome_correlation import collect_outcomes
+    from .runs.probe_comparison import compare_probes, quiver_of_arrows
     from .runs.rollout_plan import RolloutPlan
     from .runs.rollouts import dose_response, run_rollouts
     from .runs.runner import InProcess, RayRunner, run_shard
-    from .runs.side_effects import measure_side_effects
     from .runs.selection import select_features
+    from .runs.side_effects import measure_side_effects
+    from .runs.steering_methods import ConceptData, find_method
     from .runs.validation import validate_selection
     from .types import (
         AFTER_PROMPT,
@@ -107,6 +117,8 @@ _ROOMS: dict[str, str] = {
     "features": "label_features score_features",
     "adapters.engine": "generate",
     "adapters.steering": "steer fwd_hooks",
+    "adapters.training_hooks": "ConceptAblation ConceptGradientEdit PreventativeSteering "
+    "training_callback training_hooks",
     "adapters.transformer_lens": "load_model",
     "adapters.sae_lens": "SteeringDictionary load_sae",
     "organisms": "load_organism list_organisms",
@@ -121,13 +133,16 @@ _ROOMS: dict[str, str] = {
     "runs.feature_statistics": "coactivation feature_statistics",
     "runs.feature_tables": "decoder_geometry logit_footprint",
     "runs.judges": "open_judge judge_agreement",
+    "runs.learning": "learning_report update_report",
     "runs.open_ended": "evaluate_open_ended",
     "runs.outcome_correlation": "collect_outcomes",
+    "runs.probe_comparison": "compare_probes quiver_of_arrows",
     "runs.rollouts": "run_rollouts dose_response",
     "runs.rollout_plan": "RolloutPlan",
     "runs.runner": "InProcess RayRunner run_shard",
     "runs.side_effects": "measure_side_effects",
     "runs.selection": "select_features",
+    "runs.steering_methods": "ConceptData find_method",
     "runs.validation": "validate_selection",
 }
 """Which module each public name lives in. Reading this table imports none of them."""

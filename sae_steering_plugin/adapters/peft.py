@@ -134,7 +134,7 @@ def low_rank_adapter(
     model: Model,
     *,
     rank: int,
-    alpha: float,
+    alpha: int,
     dropout: float,
     layers: Sequence[int] = (),
     target: str = ATTENTION_OUTPUT,

@@ -22,7 +22,7 @@ class LoRASettings:
 
     schedule: Schedule = Schedule(18, 2, 24, 9e-4)
     rank: int = 4
-    alpha: float = 32.0
+    alpha: int = 32
     dropout: float = 0.05
     layers: tuple[int, ...] = ()
 
