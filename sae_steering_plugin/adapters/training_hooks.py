@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -34,6 +34,7 @@ Change = Callable[[Tensor, Tensor | None], Tensor]
 """`(activation, where) -> activation`; `where` [batch pos] marks positions, None all of them."""
 
 
+@runtime_checkable
 class TrainingHook(Protocol):
     """Something that changes what flows through one hook point while a model is trained."""
 

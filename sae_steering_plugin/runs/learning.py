@@ -45,7 +45,7 @@ def next_token_loss(logits: Float[Tensor, "batch pos d_vocab"], batch: TokenBatc
     """Cross-entropy of every real token given those before it, in nats, summed over the batch."""
     targets = batch.tokens[:, 1:].to(logits.device)
     counted = (batch.real[:, 1:] & batch.real[:, :-1]).to(logits.device)
-    chance = torch.log_softmax(logits[:, :-1].float(), dim=-1)
+    chance = torch.log_softmax(single(logits[:, :-1]), dim=-1)
     return -chance.gather(-1, targets[..., None])[..., 0][counted].sum()
 
 
@@ -301,7 +301,7 @@ def counted_positions(batch: TokenBatch) -> Bool[Tensor, "batch pos"]:
 def gradients(
     model: Model, sites: Sequence[str], batch: TokenBatch, loss: Loss
 ) -> tuple[float, list[tuple[Tensor, Tensor]]]:
-    """The loss of a batch, and activation and gradient at each site, float32.
+    """The loss of a batch, and activation and gradient at each site, in float32 or better.
 
     The first site of the pass becomes a leaf, so that nothing below it is differentiated and
     frozen weights do not matter; weights get no gradient.
@@ -317,8 +317,13 @@ def gradients(
     for site, h, g in zip(sites, tensors, found, strict=True):
         if g is None:
             raise ValueError(f"the loss does not hang on {site!r}")
-        out.append((h.detach().float(), g.detach().float()))
-    return float(value), out
+        out.append((single(h.detach()), single(g.detach())))
+    return float(value.detach()), out
+
+
+def single(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is when that is finer."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 @contextmanager
@@ -426,7 +431,7 @@ def kept_activations(
 
 
 def changed(
-    first: Float[Tensor, "pos d_model"], second: Float[Tensor, "pos d_model"], sae: Any
+    first: Float[Tensor, "pos d_model"], second: Float[Tensor, "other d_model"], sae: Any
 ) -> UpdateReport:
     """The report of two sets of activations at the same positions."""
     import pandas as pd
