@@ -51,6 +51,12 @@ class Protocol:
 
 
 PROTOCOLS: dict[str, Protocol] = {
+    "axbench": Protocol(
+        "sae_steering_plugin.runs.axbench.evaluation:axbench",
+        "AxBench: concept detection and steering, every method on the same concepts.",
+        "sae-steer evaluate axbench --concept 0 --concept 3 --factor 0.4 --factor 0.8 "
+        "--methods diff_mean --methods sae_auroc --max-new-tokens 24 --out axbench",
+    ),
     "autonomy": Protocol(
         "sae_steering_plugin.runs.autonomy:autonomy",
         "Five traits, one axis? 50 scenarios x 36 conditions, with controls.",

@@ -15,7 +15,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Any
 
-from .tuned import dense, features, loreft, prompts, vectors, weights
+from .tuned import dense, features, loreft, prompts, supervised, vectors, weights
 from .tuned.records import ConceptData, Fitted, SteeringMethod
 
 METHODS: dict[str, SteeringMethod] = {
@@ -37,6 +37,14 @@ METHODS: dict[str, SteeringMethod] = {
                 ("", features.by_row),
                 ("_clamp", features.by_clamp),
                 ("_min_clamp", features.by_min_clamp),
+            )
+        ),
+        *(
+            SteeringMethod(word, supervised.supervised(word), settings)
+            for word, settings in (
+                ("supervised", supervised.SupervisedSettings()),
+                ("supervised_detect", supervised.SupervisedSettings("interpretability")),
+                ("supervised_output", supervised.SupervisedSettings(order="output")),
             )
         ),
     )

@@ -12,6 +12,7 @@ from ..protocols import Evaluation, Rows
 from ..runner import InProcess
 from .files import ConceptSet, read_instructions
 from .plan import INSTRUCTIONS, UNSTEERED, AxBenchPlan, axbench_plan
+from .ratings import ASPECTS
 from .results import AxBenchResults, offline_ratings
 from .world import WorldRatings, is_world, world_concepts
 
@@ -24,7 +25,16 @@ JUDGES = (
     "api:MODEL@URL, model:FOLDER"
 )
 DEFAULT_METHODS = (UNSTEERED, "diff_mean")
-COMPARED = (("supervised", "lora"), ("sae_auroc", "lora"), ("supervised", "sae"))
+COMPARED = (
+    ("supervised", "lora"),
+    ("supervised_output", "lora"),
+    ("sae_auroc", "lora"),
+    ("supervised", "sae_auroc"),
+    ("supervised", "diff_mean"),
+)
+
+
+RATED = ("score", "95% interval", *ASPECTS, "winrate vs sae", "covered")
 
 
 def open_ratings(
@@ -61,7 +71,10 @@ def result_tables(
         rated = found.rated(judge)
         scores = found.scores(rated)
         line = results_line(judge)
-        tables[f"steering ({line})"] = found.steering_table(rated, scores)
+        table = found.steering_table(rated, scores)
+        beside = [{k: row[k] for k in row if k not in RATED} for row in table]
+        tables[f"steering ({line})"] = [{k: row[k] for k in ("method", *RATED)} for row in table]
+        tables["beside the scores, on the same rows"] = beside
         tests = found.compared(scores, COMPARED, judge=judge.name)
         tables[f"paired tests over concepts, Holm ({line})"] = [
             {
@@ -163,7 +176,8 @@ def axbench(
 
     def save(collected: Collected, place: Path) -> Sequence[Path]:
         found = results_of(plan, collected)
-        return found.write(place / "results", found.rated(rated_by))
+        rated = found.rated(rated_by) if plan.steering else None
+        return [place / "results"] if found.write(place / "results", rated) else []
 
     return Evaluation(plan, tables, save)
 

@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,13 +101,15 @@ class Neuronpedia:
 class Concept:
     """One line of `metadata.jsonl`: number, text, genres (the first one counts), and address.
 
-    `ref` is empty for a concept that no SAE feature stands for.
+    `ref` is empty for a concept that no SAE feature stands for. `prompt` steers by prompting;
+    AxBench's files have none (its generator writes one per run).
     """
 
     concept_id: int
     text: str
     genres: tuple[str, ...] = ("text",)
     ref: str = ""
+    prompt: str = ""
 
     @property
     def genre(self) -> str:
@@ -123,7 +126,8 @@ class Concept:
             "ref": self.ref,
             "concept_genres_map": {self.text: list(self.genres)},
         }
-        return json.dumps(content, ensure_ascii=False)
+        more = {"prompt": self.prompt} if self.prompt else {}
+        return json.dumps({**content, **more}, ensure_ascii=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,11 +220,9 @@ class ConceptSet:
         place.mkdir(parents=True, exist_ok=True)
         lines = "".join(one.to_line() + "\n" for one in self.concepts)
         write_text(place / "metadata.jsonl", lines)
-        for name, rows in (
-            ("train_data.parquet", self.train),
-            ("latent_eval_data.parquet", self.evaluation),
-        ):
-            write_whole(place / name, lambda path, rows=rows: rows.to_parquet(path, index=False))
+        frames = {"train_data": self.train, "latent_eval_data": self.evaluation}
+        for name, rows in frames.items():
+            write_whole(place / f"{name}.parquet", partial(rows.to_parquet, index=False))
         if self.instructions:
             listed = [{"instruction": one} for one in self.instructions]
             write_text(place / "instructions.json", json.dumps(listed, ensure_ascii=False))
@@ -320,7 +322,10 @@ def read_concepts(path: Path) -> tuple[Concept, ...]:
                 Neuronpedia.of(ref)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-        found[concept_id] = Concept(concept_id, text, tuple(genres), ref)
+        prompt = content.get("prompt", "")
+        if not isinstance(prompt, str):
+            raise ValueError(f"{where}: 'prompt' is {prompt!r}, not a text")
+        found[concept_id] = Concept(concept_id, text, tuple(genres), ref, prompt)
     if not found:
         raise ValueError(f"{path} holds no concept")
     return tuple(found.values())

@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -385,6 +385,7 @@ class AxBenchWorker:
             : self.plan.others
         ]
         further: list[float] = []
+        scored: list[tuple[Pooled, tuple[float, ...]]]
         if word == BOW:
             values, more = self.bag_of_words(number, others)
             scored = [(Pooled(value, -1), ()) for value in values]
@@ -441,15 +442,23 @@ class AxBenchWorker:
             return [{**nothing, "covered": False, "why": fit.why}]
         cells = list(itertools.product(enumerate(asked), factors))
         found: list[dict[str, Any]] = []
-        start = 0
-        while start < len(cells):
-            chosen = cells[start : start + self.plan.batch_size]
+        while len(found) < len(cells):
+            chosen = cells[len(found) : len(found) + self.plan.batch_size]
             made, size = with_smaller_batches(
-                lambda n, part=chosen: self.steered(number, word, fit, part[:n]), len(chosen)
+                partial(self.first_steered, number, word, fit, chosen), len(chosen)
             )
             found += [{**row, "batch_size": size} for row in made]
-            start += size
         return found
+
+    def first_steered(
+        self,
+        number: int,
+        word: str,
+        fit: Fit | None,
+        cells: Sequence[tuple[tuple[int, str], float]],
+        size: int,
+    ) -> list[dict[str, Any]]:
+        return self.steered(number, word, fit, cells[:size])
 
     def steered(
         self,
@@ -591,6 +600,7 @@ def concept_data(concept: Concept, rows: pd.DataFrame, sae: Any, hook_name: str)
         genre=concept.genre,
         feature=feature,
         hook_name=hook_name,
+        prompt=concept.prompt,
     )
 
 

@@ -21,6 +21,7 @@ from ...organisms.wording import (
     FEELINGS,
     STATEMENT_REQUESTS,
     STATEMENTS,
+    STYLES,
     TOPICS,
     Split,
     part,
@@ -53,6 +54,11 @@ class WorldConcept:
     kind: str
     value: str
     words: str
+
+    @property
+    def prompt(self) -> str:
+        """What the world's system prompts ask for it with; empty where they never do."""
+        return STYLES.get((self.kind, self.value), ("",))[0]
 
     def holds(self, row: dict[str, Any]) -> bool:
         """Whether a statement of the world has it."""
@@ -107,7 +113,7 @@ def world_concepts(
     ]
     again = [one for one in requests for _ in range(2)]
     return ConceptSet(
-        tuple(Concept(number, one.words) for number, one in numbered),
+        tuple(Concept(number, one.words, prompt=one.prompt) for number, one in numbered),
         pd.DataFrame(train_rows, columns=list(TRAIN_COLUMNS)),
         pd.DataFrame(eval_rows, columns=list(EVAL_COLUMNS)),
         tuple(again),
