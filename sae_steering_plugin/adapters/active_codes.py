@@ -85,13 +85,13 @@ def _by_token(sae: Any, rule: Rule) -> Encoder:
     def encode(x: Tensor, keep: Tensor) -> Hits:
         with torch.no_grad():
             kept = x[keep.to(x.device)].to(sae.W_dec.device).float()
+            if not len(kept):
+                empty = torch.empty(0, dtype=torch.long)
+                return Hits(empty, empty, torch.empty(0), 0)
             seen = normalised(sae, kept)[0]
             parts = [rule(some) for some in seen.split(TOKENS)]
         starts = range(0, len(seen), TOKENS)
         tokens = [part[0] + first for part, first in zip(parts, starts, strict=True)]
-        if not parts:
-            empty = torch.empty(0, dtype=torch.long)
-            return Hits(empty, empty, torch.empty(0), 0)
         return Hits(
             torch.cat(tokens),
             torch.cat([part[1] for part in parts]),

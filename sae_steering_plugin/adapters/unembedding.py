@@ -7,7 +7,7 @@ so weights that were folded or centred at loading, and Gemma's `1 + weight`, nee
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,8 +15,6 @@ from torch import Tensor
 
 from sae_steering_plugin.adapters.lens import lens_settings
 from sae_steering_plugin.adapters.transformer_lens import Model
-
-Basis = Literal["logits", "loaded"]
 
 PROBE_LENGTH = 1e3
 """Entries of the probe: large against the norm's epsilon, small enough for any dtype."""
@@ -45,7 +43,7 @@ class Unembedding:
         return seen if self.gain is None else seen * self.gain
 
 
-def unembedding(model: Model, *, basis: Basis = "logits") -> Unembedding:
+def unembedding(model: Model, *, basis: str = "logits") -> Unembedding:
     """The model's unembedding in one of two bases.
 
     "logits": the final norm's gain and centring are applied and logits are centred over the
@@ -106,4 +104,4 @@ def _mean_word(weight: Tensor) -> Tensor:
     return (torch.stack(parts).sum(0) / weight.shape[1]).float()
 
 
-__all__ = ["Basis", "Unembedding", "norm_of", "unembedding"]
+__all__ = ["Unembedding", "norm_of", "unembedding"]

@@ -7,7 +7,7 @@ a time, reduced to a few figures per feature, and dropped.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +22,6 @@ TOP_MASS = 20
 
 ROWS = 1024
 """Features whose counts are held at once."""
-
-Similarity = Literal["jaccard", "lift"]
 
 
 @dataclass(eq=False)
@@ -105,7 +103,7 @@ def coactivation_of(
     *,
     panel: int | None = PANEL,
     k: int = 0,
-    by: Similarity = "jaccard",
+    by: str = "jaccard",
     keep_self: bool = False,
 ) -> Coactivation:
     """How each feature's partners are spread, over the `panel` most frequent features or over all
@@ -176,7 +174,7 @@ def _reduced(
     n_tokens: int,
     keep_self: bool,
     k: int,
-    by: Similarity,
+    by: str,
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """The figures of the features `rows` from their sparse counts against the panel."""
     row = np.repeat(np.arange(len(rows)), np.diff(together.indptr))

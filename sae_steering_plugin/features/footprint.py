@@ -65,13 +65,13 @@ def footprints(
     words = unembed.shape[1]
     if not 0 <= top <= words:
         raise ValueError(f"top is {top}; the vocabulary has {words} words")
+    if not len(rows):
+        raise ValueError("there are no rows")
     parts = [
         _block_of_rows(_Product(some.float(), unembed, centre), shares, top)
         for some in tqdm(rows.split(ROWS), desc="footprint", unit="block", disable=not progress)
     ]
-    names = parts[0].columns if parts else {}
-    if not parts:
-        raise ValueError("there are no rows")
+    names = parts[0].columns
     return Footprints(
         {name: torch.cat([part.columns[name] for part in parts]) for name in names},
         *(

@@ -210,7 +210,7 @@ class FeatureStream:
         before = cumulated[rows, bin_of] - inside
         low, high = _edges(bin_of, self.bins.shape[1] // OCTAVES)
         share = (np.maximum(rank, 0) - before + 0.5) / np.maximum(inside, 1)
-        found = np.minimum(low + (high - low) * np.clip(share, 0, 1), self.largest)
+        found = np.minimum(low + (high - low) * np.clip(share, 0, 1), np.maximum(self.largest, 0))
         return np.where(rank <= -1, 0.0, np.where(rank < 0, found * (1 + rank), found))
 
     def activation_entropy(self) -> np.ndarray:

@@ -34,7 +34,6 @@ from sae_steering_plugin.adapters.transformer_lens import bos_token
 from sae_steering_plugin.features.coactivation import (
     PANEL,
     ActiveCodes,
-    Similarity,
     coactivation_of,
 )
 from sae_steering_plugin.features.stream import ACTIVE, FeatureStream
@@ -283,7 +282,7 @@ def coactivation(
     features: Sequence[int] | Tensor | None = None,
     panel: int | None = None,
     k: int = 10,
-    by: Similarity = "jaccard",
+    by: str = "jaccard",
     keep_self: bool = False,
     prepend_bos: bool | None = None,
     max_tokens: int | None = None,

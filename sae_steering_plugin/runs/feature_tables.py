@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_steering_plugin.adapters.activations import model_name
 from sae_steering_plugin.adapters.sae_lens import sae_id
 from sae_steering_plugin.adapters.sae_parts import decoder_rows, site_names
-from sae_steering_plugin.adapters.unembedding import Basis, unembedding
+from sae_steering_plugin.adapters.unembedding import unembedding
 from sae_steering_plugin.features.footprint import SHARES, footprint_moments, footprints
 from sae_steering_plugin.features.geometry import CROWDING_K, geometry_columns
 from sae_steering_plugin.types import SMALLEST_NORM, FeatureTable
@@ -51,7 +51,7 @@ def logit_footprint(
     sae: Any,
     *,
     features: Sequence[int] | Tensor | None = None,
-    basis: Basis = "logits",
+    basis: str = "logits",
     shares: Sequence[int] = SHARES,
     top: int = 10,
     progress: bool = False,
