@@ -358,8 +358,7 @@ def generate(
 
 
 @app.command(
-    epilog="\b\nExample:\n  sae-steer select --world --out selected\n"
-    "  sae-steer select --labels posts.csv --text body --label topic --out selected",
+    epilog="\b\nExample:\n  sae-steer select --world --prior 0.01 --out selected",
 )
 def select(
     labels: Annotated[
