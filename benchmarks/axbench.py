@@ -70,28 +70,23 @@ def lines(words: Sequence[str], quick: bool, epochs: int | None = None) -> list[
     return found
 
 
-def world_numbers(quick: bool) -> list[int]:
-    """The world's labels, and one noun and one feeling per topic and side."""
-    chosen, seen = [], set()
-    for number, one in enumerate(known_concepts()):
-        if one.kind not in ("noun", "feeling"):
-            chosen.append(number)
-        elif number % 5 == 1 and (one.kind, number) not in seen:
-            chosen.append(number)
-            seen.add((one.kind, number))
-    return [0, 3, 6] if quick else chosen
+def world_numbers(quick: bool, words: bool) -> list[int]:
+    """The world's labels; with `words` also one noun per topic and two feelings."""
+    labels = [n for n, one in enumerate(known_concepts()) if one.kind not in ("noun", "feeling")]
+    more = [n for n in range(len(labels), len(known_concepts())) if n % 5 == 1] if words else []
+    return [0, 3, 6] if quick else labels + more
 
 
-def world_plan(name: str, folder: str, quick: bool) -> AxBenchPlan:
-    words = [UNSTEERED, *(one for one in METHODS if one not in LEFT_OUT)]
+def world_plan(name: str, folder: str, quick: bool, words: bool = False) -> AxBenchPlan:
+    methods = [UNSTEERED, *(one for one in METHODS if one not in LEFT_OUT)]
     if quick:
-        words = [UNSTEERED, "diff_mean", "sae_auroc", "supervised", "prompt"]
+        methods = [UNSTEERED, "diff_mean", "sae_auroc", "supervised", "prompt"]
     return axbench_plan(
         name,
         folder,
-        lines(words, quick),
+        lines(methods, quick),
         sae=primary_sae(name),
-        concept_ids=world_numbers(quick),
+        concept_ids=world_numbers(quick, words),
         n_instructions=10,
         max_new_tokens=24,
         others=2,
@@ -141,10 +136,10 @@ def page(results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], quick
         "Every score here is read by a rule or by word statistics, never by a language model: the "
         "order of methods on these planted tasks may be read off, the level may not, and nothing "
         "compares with published AxBench numbers. Factors are some of AxBench's, chosen per "
-        "concept on instructions 0-4 and reported on 5-9; methods without a factor are averaged over all "
-        "rows of the second half. Intervals are bootstraps over concepts. `bow` reads the text "
-        "alone. Perplexity is under the unsteered model (of the generation alone for `prompt`); "
-        "displacement is the mean length of what steering changes at the site, against the mean "
+        "concept on instructions 0-4 and reported on 5-9; methods without a factor are averaged "
+        "over all rows of the second half. Intervals are bootstraps over concepts. `bow` reads the "
+        "text alone. Perplexity is under the unsteered model (for `prompt` of the generation "
+        "alone); displacement is the mean length of what steering changes at the site, against the mean "
         "residual there.",
         "",
     ]
@@ -164,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few concepts and methods: a minute")
     parser.add_argument("--models", nargs="*", default=None, help="organisms; all if not given")
+    parser.add_argument("--words", action="store_true", help="also concepts of one word each")
     parser.add_argument("--no-real", action="store_true", help="leave the small real model out")
     parser.add_argument("--json", type=Path, help="write every table to this file")
     parser.add_argument("--table", type=Path, help="write a Markdown page to this file")
@@ -179,7 +175,7 @@ def main() -> None:
         out = arguments.out or Path(temporary)
         concepts = str(world_concepts().write(out / "world-concepts"))
         for name in names:
-            plan = world_plan(name, concepts, arguments.quick)
+            plan = world_plan(name, concepts, arguments.quick, arguments.words)
             title = f"{name}: {len(plan.concept_ids)} concepts of its world"
             results[title] = run(plan, "world", out / name)
         plan = None if arguments.no_real else real_plan(arguments.quick)

@@ -98,7 +98,7 @@ class Detection:
     `max_act` is the largest score over *all* rows, hard negatives included, in the method's own
     units; it scales steering. `threshold` is on scores normalised over all rows. `hard_accuracy` is
     None for a concept without hard negatives. `best_f1` is the largest F1 over thresholds with the
-    negatives of `others` other concepts added; None when none were scored.
+    other concepts' negatives added; None when none were scored.
     """
 
     auroc: float
@@ -108,7 +108,6 @@ class Detection:
     n: Mapping[str, int]
     curve: Curve = field(repr=False)
     best_f1: float | None = None
-    others: int = 0
 
     def fields(self) -> dict[str, dict[str, Any]]:
         """The fields AxBench's evaluators write, by evaluator."""
@@ -130,7 +129,6 @@ def detect(
     categories: Sequence[str],
     *,
     further: Sequence[float] = (),
-    others: int = 0,
 ) -> Detection:
     """A concept's detection from the score and category of each of its rows.
 
@@ -156,7 +154,6 @@ def detect(
         n={name: int((kinds == name).sum()) for name in ("positive", "negative", "hard negative")},
         curve=curve,
         best_f1=best_f1(values[counted], positive, further) if len(further) else None,
-        others=others,
     )
 
 

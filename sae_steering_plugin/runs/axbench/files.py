@@ -180,13 +180,6 @@ class ConceptSet:
         rows = self.evaluation
         return rows[rows["concept_id"] == concept_id].reset_index(drop=True)
 
-    def other_negatives(self, concept_id: int, others: int) -> pd.DataFrame:
-        """Negative rows of up to `others` other concepts, in file order (imbalanced detection)."""
-        numbers = [one.concept_id for one in self.concepts if one.concept_id != concept_id]
-        rows = self.evaluation
-        kept = rows["concept_id"].isin(numbers[:others]) & (rows["category"] == "negative")
-        return rows[kept].reset_index(drop=True)
-
     def fingerprint(self, concept_id: int) -> str:
         """A hash of the concept and every row that belongs to it, shared negatives included."""
         rows = [self.training(concept_id)[list(TRAIN_COLUMNS)], self.held_out(concept_id)]

@@ -23,7 +23,7 @@ import torch
 
 from ...adapters.engine import generate
 from ...adapters.steering import steer
-from ..canonical import content_key, seed_of
+from ..canonical import seed_of
 from ..noise import gumbel_noise, noise_key
 from ..plan import Unit
 from ..references import ModelRef
@@ -149,6 +149,12 @@ class AxBenchPlan:
     def instructions(self) -> int:
         return len(self.asked[0])
 
+    def other_places(self, number: int) -> list[int]:
+        """Which of the plan's concepts lend their negatives to a concept's imbalanced F1: the first
+        `others` of the rest."""
+        places = [at for at, one in enumerate(self.concept_ids) if one != number]
+        return places[: self.others]
+
     def units(self) -> Sequence[Unit]:
         """By concept and method: detection, then its blocks of factors."""
         shared = {
@@ -161,7 +167,6 @@ class AxBenchPlan:
             "batch_size": self.batch_size,
             "seed": self.seed,
         }
-        further = content_key(self.fingerprints) if self.others else ""
         found = []
         for number, rows in zip(self.concept_ids, self.fingerprints, strict=True):
             asked = self.asked[self.concept_ids.index(number)]
@@ -171,7 +176,9 @@ class AxBenchPlan:
                 if self.detection and line.word != UNSTEERED:
                     found.append(
                         Unit.of(
-                            {**place, "what": "detection"}, **key, others=[self.others, further]
+                            {**place, "what": "detection"},
+                            **key,
+                            others=[self.fingerprints[at] for at in self.other_places(number)],
                         )
                     )
                 if not self.steering or line.word == BOW:
@@ -381,9 +388,7 @@ class AxBenchWorker:
         """One row per evaluation text, then one per further negative (`row` -1)."""
         rows, cut = self.evaluated(number)
         common = {"what": "detection", "concept_id": number, "method": word}
-        others = [one.concept_id for one in self.concepts.concepts if one.concept_id != number][
-            : self.plan.others
-        ]
+        others = [self.plan.concept_ids[at] for at in self.plan.other_places(number)]
         further: list[float] = []
         scored: list[tuple[Pooled, tuple[float, ...]]]
         if word == BOW:

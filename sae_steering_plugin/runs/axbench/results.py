@@ -102,7 +102,6 @@ class AxBenchResults:
                 own["score"].tolist(),
                 own["category"].tolist(),
                 further=more["score"].tolist(),
-                others=len(self.concepts) - 1 if len(more) else 0,
             )
         return found
 

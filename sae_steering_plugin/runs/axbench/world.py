@@ -147,12 +147,17 @@ def labelled_rows(
     ]
 
 
+@cache
+def forms_of(register: str, formality: str, split: Split) -> tuple[str, ...]:
+    return tuple(form for _, form in part(STATEMENTS[register, formality], split))
+
+
 def drawn_statement(rng: random.Random, split: Split) -> dict[str, Any]:
     """A statement with its labels, its noun and feeling, and a request for its topic."""
     register, formality = rng.choice(list(STATEMENTS))
     topic, sentiment = rng.choice(list(TOPICS)), rng.choice(list(FEELINGS))
     noun, feeling = rng.choice(TOPICS[topic]), rng.choice(FEELINGS[sentiment])
-    _, form = rng.choice(part(STATEMENTS[register, formality], split))
+    form = rng.choice(forms_of(register, formality, split))
     _, request = rng.choice(part(STATEMENT_REQUESTS, split))
     return {
         "text": form.format(noun=noun, feeling=feeling),

@@ -114,8 +114,8 @@ def test_the_threshold_is_youdens_on_normalised_scores():
 
 def test_further_negatives_lower_the_f1_and_nothing_else():
     kinds = ["positive", "positive", "negative"]
-    alone = detect([3, 2, 1], kinds, further=[0.0] * 3600, others=100)
-    harder = detect([3, 2, 1], kinds, further=[0.0] * 1800 + [4.0] * 1800, others=100)
+    alone = detect([3, 2, 1], kinds, further=[0.0] * 3600)
+    harder = detect([3, 2, 1], kinds, further=[0.0] * 1800 + [4.0] * 1800)
     assert alone.best_f1 == 1.0 and harder.best_f1 < 0.01
     assert alone.auroc == harder.auroc == 1.0 and alone.max_act == harder.max_act == 3.0
 

@@ -456,3 +456,45 @@ def test_a_failed_unit_is_told_and_the_same_call_goes_on(places, monkeypatch, tm
     model, sae, concepts = places
     with pytest.raises(ValueError, match="the disk is on fire"):
         run_axbench(model, concepts, ["broken"], sae=sae, out=tmp_path, progress=False, **QUICK)
+
+
+# The command --------------------------------------------------------------------------------------
+
+
+def test_the_command_runs_a_folder_prints_what_its_scores_are_and_goes_on(places, tmp_path):
+    import json
+
+    from typer.testing import CliRunner
+
+    from sae_steering_plugin.cli import app
+
+    model, sae, concepts = places
+    words = ["evaluate", "axbench", "--data", concepts, "--model", model, "--sae", sae]
+    words += ["--methods", "none", "--methods", "diff_mean", "--factor", "0.5", "--items", "2"]
+    words += ["--max-new-tokens", "3", "--max-tokens", "48", "--out", str(tmp_path)]
+    first = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert first.exit_code == 0, first.output
+    assert "offline proxy score, not an AxBench score" in first.output.replace("\n", " ")
+    assert "0 units done" in CliRunner().invoke(app, words, catch_exceptions=False).output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    (title,) = [one for one in summary["tables"] if one.startswith("steering")]
+    assert [row["method"] for row in summary["tables"][title]] == ["none", "diff_mean"]
+    place = tmp_path / "results" / "axbench_diff_mean" / "evaluate"
+    assert set(read_evaluation(place / "steering_test.jsonl")) == {0, 1}
+
+
+def test_the_commands_mistakes_are_one_line(places):
+    from typer.testing import CliRunner
+
+    from sae_steering_plugin.cli import app
+
+    model, sae, concepts = places
+    words = ["evaluate", "axbench", "--data", concepts, "--model", model, "--sae", sae]
+    for more, message in (
+        (["--methods", "diff_meen"], "did you mean 'diff_mean'"),
+        (["--items", "2", "--judge", "gpt"], "no judge 'gpt'"),
+        (["--items", "2", "--judge", "world"], "not the world's"),
+        (["--concept", "7"], "no concept 7"),
+    ):
+        found = CliRunner().invoke(app, [*words, *more, "--out", "unused"])
+        assert found.exit_code == 2 and message in found.output
