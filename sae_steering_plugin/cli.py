@@ -468,6 +468,54 @@ def select(
         typer.echo(f"wrote {', '.join(str(path) for path in written)}")
 
 
+@app.command(
+    epilog="\b\nExample:\n  sae-steer learn --texts pirate.txt --texts sums.txt --model agent-gpt2"
+)
+def learn(
+    texts: Annotated[
+        list[Path],
+        typer.Option(help="Training texts: .txt lines, or text / positive+negative columns."),
+    ],
+    model: ModelOption = "agent-gpt2",
+    sae: SAEOption = None,
+    top: Annotated[int, typer.Option(min=1, help="Concepts shown.")] = 10,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Longest text.")] = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    seed: SeedOption = 0,
+    out: Annotated[Path, typer.Option(help="Folder for table, JSON and page.")] = Path(
+        "sae-steer-learned"
+    ),
+    debug: DebugOption = False,
+) -> None:
+    """What a training step on these texts would push the model towards, in the SAE's concepts.
+
+    Nothing is trained. Each file (each side of a file of pairs) is a source of its own, and the two
+    sources are compared.
+    """
+    with one_line_errors(debug):
+        quiet_hosts()
+        from sae_steering_plugin.runs.learning_texts import read_sources
+
+        words, sources = read_sources(texts)
+        from sae_steering_plugin.report import write_learning
+        from sae_steering_plugin.runs.learning import learning_report
+        from sae_steering_plugin.runs.subject import open_subject
+
+        subject = open_subject(model, sae, device=device, dtype=dtype)
+        if subject.sae is None:
+            raise ValueError("a learning report needs a dictionary: pass --sae")
+        found = learning_report(
+            subject.model, subject.sae, words, groups=sources, max_tokens=max_tokens, seed=seed
+        )
+        for name in dict.fromkeys(sources):
+            shown(rounded(found.top(top, group=name)), f"pushed by {name}")
+            shown(rounded(found.emerging(top, group=name)), f"emerging from {name}")
+        written = write_learning(found, out, k=top)
+        typer.echo(found.summary())
+        typer.echo(f"wrote {', '.join(str(path) for path in written)}")
+
+
 # Protocols ----------------------------------------------------------------------------------------
 
 
@@ -676,6 +724,14 @@ def shown(rows: list[dict[str, Any]], title: str) -> None:
 
 
 LEFT_COLUMNS = ("method", "positions", "arm", "judge", "set", "concept")
+
+
+def rounded(table: Any) -> list[dict[str, Any]]:
+    """Rows of a pandas table in few digits, as a page shows them."""
+    from sae_steering_plugin.report import cell
+
+    rows = table.to_dict("records")
+    return [{name: cell(value) for name, value in row.items()} for row in rows]
 
 
 def side_by_side(rows: list[tuple[str, str, str]]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sae_steering_plugin.plots import dose_response_svg, effects_svg
 from sae_steering_plugin.runs.demo import PROBE, Demo
+from sae_steering_plugin.runs.learning import LearningReport
 from sae_steering_plugin.types import Effect, SteeringVector, escaped
 
 STYLE = """
@@ -300,3 +301,28 @@ def picture(demo: Demo) -> str:
         demo.controls,
         title=f"{demo.model}: {demo.trait} on held-out items, {demo.best.n} at the chosen strength",
     )
+
+
+def write_learning(found: LearningReport, folder: str | Path, *, k: int = 20) -> list[Path]:
+    """`learning.parquet` (all latents by source), `learning.json` and a page, in `folder`."""
+    import pandas as pd
+
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    names = list(found.by_group)
+    every = [found.table(name).assign(source=name) for name in names]
+    parts = [paragraph(found.summary(), "lead")]
+    for name in names:
+        for title, rows in (
+            (f"pushed by {name or 'the texts'}", found.top(k, group=name)),
+            (f"emerging from {name or 'the texts'}", found.emerging(k, group=name)),
+        ):
+            parts.append(section(title, table(rows.to_dict("records"))))
+    if len(names) == 2:
+        gap = found.compare(*names).head(k)
+        parts.append(section(f"{names[0]} against {names[1]}", table(gap.to_dict("records"))))
+    written = [target / name for name in ("learning.parquet", "learning.json", "learning.html")]
+    pd.concat(every).to_parquet(written[0])
+    written[1].write_text(json.dumps(found.to_dict(k), indent=1) + "\n", encoding="utf-8")
+    written[2].write_text(page("What these texts teach", parts), encoding="utf-8")
+    return written

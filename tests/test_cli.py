@@ -19,7 +19,7 @@ from tests.local import (
     scored_file,
 )
 
-COMMANDS = ("demo", "build", "generate", "evaluate")
+COMMANDS = ("demo", "build", "generate", "select", "learn", "evaluate")
 
 
 def call(*words: object) -> Result:
@@ -602,3 +602,29 @@ def test_evaluations_that_cannot_be_are_refused(
 ) -> None:
     assert message in failed(call("evaluate", *words, "--out", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+# learn
+
+
+def test_learn_writes_table_json_and_page(subject, tmp_path):
+    (tmp_path / "one.txt").write_text("the cat sat on the mat\n" * 8)
+    (tmp_path / "two.txt").write_text("a dog ran in the park\n" * 8)
+    out = tmp_path / "out"
+    result = call(
+        "learn", "--texts", tmp_path / "one.txt", "--texts", tmp_path / "two.txt",
+        "--model", subject["model"], "--sae", subject["sae"], "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "pushed by one" in result.output and "cannot name" in result.output
+    about = json.loads((out / "learning.json").read_text())
+    assert about["n_examples"] == 16
+    page = (out / "learning.html").read_text()
+    assert "one against two" in page and "<script" not in page
+    assert (out / "learning.parquet").is_file()
+
+
+def test_learn_refuses_a_bad_file_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n')
+    line = failed(call("learn", "--texts", tmp_path / "bad.jsonl", "--model", tmp_path / "none"))
+    assert "bad.jsonl:1" in line

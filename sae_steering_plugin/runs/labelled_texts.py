@@ -72,7 +72,7 @@ def read_labelled(
     path = Path(path)
     if label is not None and concepts:
         raise ValueError("give a label column or concept columns, not both")
-    records = listed(_records(path), path)
+    records = listed(text_records(path), path)
     names = tuple(dict.fromkeys(name for record in records for name in record.values))
     for wanted in (text, *concepts, *(name for name in (label, group) if name)):
         if wanted not in names:
@@ -96,7 +96,8 @@ def read_labelled(
     return LabelledTexts(texts, table, groups, tuple(notes), about)
 
 
-def _records(path: Path) -> Iterator[Record]:
+def text_records(path: Path) -> Iterator[Record]:
+    """The rows of a CSV, JSONL or parquet file, each with its place; nothing is checked yet."""
     if path.suffix.lower() not in ENDINGS:
         raise ValueError(f"{path}: labelled texts are read from {', '.join(ENDINGS)}")
     if not path.is_file():

@@ -165,7 +165,7 @@ class LearningReport:
         top = [int(j) for j in self.top(k)["latent"]]
         draws = []
         for seed in range(seeds):
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(int(self.settings.get("seed", 0)) + seed)
             rows = torch.randperm(len(self.sums.rows), generator=generator)[: len(top)]
             draws.append(self.sums.energy(self.sums.rows[rows]))
         return {"top": self.sums.energy(self.sums.rows[top]), "random": sum(draws) / len(draws)}
@@ -190,18 +190,21 @@ class LearningReport:
             raise KeyError(f"no source {group!r}; there are {', '.join(self.by_group)}")
         return self.by_group[group]
 
-    def _repr_html_(self) -> str:
+    def summary(self) -> str:
+        """One sentence: how much was counted, and how much of it the SAE can name."""
         totals, energy = self.totals(), self.energy()
-        head = (
+        return (
             f"{self.n_examples} texts, {self.n_positions} positions at {self.hook_name}; "
             f"the SAE cannot name {totals['unnamed_share']:.0%} of the signal; the top 20 concepts "
             f"hold {energy['top']:.0%} of its energy (as many random rows: {energy['random']:.0%})"
         )
+
+    def _repr_html_(self) -> str:
         tables = "".join(
             f"<h4>{name}</h4>{found.to_html(index=False, float_format='%.4g')}"
             for name, found in (("pushed", self.top(10)), ("emerging", self.emerging(10)))
         )
-        return f"<p>{escaped(head)}</p>{tables}"
+        return f"<p>{escaped(self.summary())}</p>{tables}"
 
 
 def learning_report(
@@ -218,6 +221,7 @@ def learning_report(
     prepend_bos: bool | None = None,
     batch_size: int = 8,
     keep: int = 10,
+    seed: int = 0,
     progress: bool = True,
 ) -> Any:
     """What one step of gradient descent on `texts` pushes a model towards, concept by concept.
@@ -226,7 +230,8 @@ def learning_report(
     no weight is changed and nothing upstream of the first site is differentiated. `loss` takes
     logits and the tokens to a *sum*; its last real position and the BOS are left out of the count,
     because next-token losses give no gradient there. `groups` names the source of each text:
-    sources are also summed apart. `watch` keeps every text's push on these latents.
+    sources are also summed apart. `watch` keeps every text's push on these latents. `seed` draws
+    the random rows that `energy` compares with.
 
     Raises ValueError for an SAE whose decode is not linear at its site, for an attached SAE (it
     corrupts gradients), for active dropout, and for a loss that is no single number.
@@ -283,7 +288,7 @@ def learning_report(
             tuple(watch),
             dict(labels or {}),
             min_active,
-            {"loss": getattr(loss, "__name__", "given"), "batch_size": batch_size},
+            {"loss": getattr(loss, "__name__", "given"), "batch_size": batch_size, "seed": seed},
         )
         for place, site in enumerate(sites)
     }
