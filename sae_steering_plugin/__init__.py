@@ -84,6 +84,8 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from .runs.side_effects import measure_side_effects
     from .runs.steering_methods import ConceptData, find_method
     from .runs.validation import validate_selection
+    from .prediction import SideEffectPredictor, cross_validate, fit_predictor
+    from .runs.screening import screen
     from .types import (
         AFTER_PROMPT,
         ALL,
@@ -144,6 +146,8 @@ _ROOMS: dict[str, str] = {
     "runs.selection": "select_features",
     "runs.steering_methods": "ConceptData find_method",
     "runs.validation": "validate_selection",
+    "prediction": "SideEffectPredictor cross_validate fit_predictor",
+    "runs.screening": "screen",
 }
 """Which module each public name lives in. Reading this table imports none of them."""
 

@@ -146,10 +146,15 @@ class SideEffectWorker:
 
 def side_effects_of(plan: SideEffectPlan, out: str | Path) -> SideEffects:
     """The complete plan's table as `measure_side_effects` gives it."""
+    from ..adapters.sae_lens import sae_id
+
+    def name(one: SAERef | None) -> str | None:
+        return None if one is None else sae_id(one.open(plan.model))
+
     settings = {
         **plan.options(),
-        "sae_id": plan.sae.name,
-        "downstream_id": None if plan.downstream is None else plan.downstream.name,
+        "sae_id": name(plan.sae),
+        "downstream_id": name(plan.downstream),
         "model": asdict(plan.model),
         "positions": "last token",
     }
