@@ -29,7 +29,7 @@ def test_firing_frequency_loses_a_dense_dictionary_and_mean_activation_keeps_it(
     )  # fmt: skip
     found = {(row["sae"], row["pooling"]): row for row in rows}
     assert found["dense", "mean"]["l0"] > 4 * found["sparse", "mean"]["l0"]
-    assert found["sparse", "frequency"]["auroc"] > 0.8 < found["dense", "mean"]["auroc"]
+    assert found["dense", "frequency"]["auroc"] < found["sparse", "frequency"]["auroc"]
     assert found["dense", "frequency"]["auroc"] < found["dense", "mean"]["auroc"]
     assert found["sparse", "mean"]["gain_less_sparsest"] == 0.0
 
