@@ -307,7 +307,7 @@ def test_what_cannot_be_fitted_says_why(subject):
         find_method("diffmean")
     with pytest.raises(ValueError, match="ssv has no setting 'rank'; it has schedule"):
         find_method("ssv", rank=2)
-    with pytest.raises(ValueError, match="pca has no|set max_activation first"):
+    with pytest.raises(ValueError, match="set max_activation first"):
         fit(subject, "pca", concept()).edits(1.0)
     with pytest.raises(LookupError, match="no feature is labelled 'dogs'"):
         fit(subject, "sae", ConceptData("dogs", concept().positives))
