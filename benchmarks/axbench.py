@@ -53,7 +53,6 @@ FACTORS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0)
 CLAMPED = (0.4, 0.8, 1.2, 1.6, 2.0, 3.0, 4.0)
 """Half of AxBench's factors, up to where these small models write noise."""
 REAL_MODEL, REAL_SAE = "stories260k", "saes-stories260k/l2-resid-post-topk"
-REAL_METHODS = ("diff_mean", "pca", "lat", "probe", "ssv", "reft_r1", "sae_auroc", "supervised")
 LEFT_OUT = ("sae", "sae_clamp", "sae_min_clamp")
 """Methods by the concept's label: no feature of these dictionaries carries one."""
 
@@ -77,8 +76,12 @@ def world_numbers(quick: bool, words: bool) -> list[int]:
     return [0, 3, 6] if quick else labels + more
 
 
+def every_method() -> list[str]:
+    return [UNSTEERED, *(one for one in METHODS if one not in LEFT_OUT)]
+
+
 def world_plan(name: str, folder: str, quick: bool, words: bool = False) -> AxBenchPlan:
-    methods = [UNSTEERED, *(one for one in METHODS if one not in LEFT_OUT)]
+    methods = every_method()
     if quick:
         methods = [UNSTEERED, "diff_mean", "sae_auroc", "supervised", "prompt"]
     return axbench_plan(
@@ -95,21 +98,21 @@ def world_plan(name: str, folder: str, quick: bool, words: bool = False) -> AxBe
     )
 
 
-def real_plan(quick: bool) -> AxBenchPlan | None:
-    """concept10 on the small real model; None where the shared data is not."""
+def real_plan(quick: bool, concepts: int) -> AxBenchPlan | None:
+    """The first concepts of concept10 on the small real model; None where the data is not."""
     folder = DATA / "axbench" / "concept10" / "prod_2b_l10_v1"
     if not (folder.is_dir() and (DATA / REAL_SAE).is_dir()):
         return None
     return axbench_plan(
         str(DATA / REAL_MODEL),
         str(folder),
-        lines((UNSTEERED, *REAL_METHODS[: 1 if quick else None]), quick, epochs=3),
+        lines([UNSTEERED, "diff_mean"] if quick else every_method(), quick, epochs=3),
         sae=str(DATA / REAL_SAE),
-        concept_ids=(0, 3) if quick else (),
+        concept_ids=(0, 3) if quick else tuple(range(concepts)),
         n_instructions=4 if quick else 10,
-        max_new_tokens=16 if quick else 48,
+        max_new_tokens=16 if quick else 32,
         max_tokens=400,
-        others=0 if quick else 9,
+        others=0 if quick else 2,
         name="concept10_2b_l10",
     )
 
@@ -121,7 +124,7 @@ def run(plan: AxBenchPlan, judge: str, out: Path) -> dict[str, list[dict[str, An
         raise RuntimeError(str(report))
     found = results_of(plan, collect(plan, out))
     return {
-        title: list(rows)
+        title: [dict(row) for row in rows]
         for title, rows in result_tables(plan, found, open_ratings(judge, found.concepts)).items()
     }
 
@@ -139,8 +142,8 @@ def page(results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], quick
         "concept on instructions 0-4 and reported on 5-9; methods without a factor are averaged "
         "over all rows of the second half. Intervals are bootstraps over concepts. `bow` reads the "
         "text alone. Perplexity is under the unsteered model (for `prompt` of the generation "
-        "alone); displacement is the mean length of what steering changes at the site, against the mean "
-        "residual there.",
+        "alone); displacement is the mean length of what steering changes at the site, against the "
+        "mean residual there.",
         "",
     ]
     for name, tables in results.items():
@@ -161,6 +164,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=None, help="organisms; all if not given")
     parser.add_argument("--words", action="store_true", help="also concepts of one word each")
     parser.add_argument("--no-real", action="store_true", help="leave the small real model out")
+    parser.add_argument("--real-concepts", type=int, default=10, help="of concept10's ten")
     parser.add_argument("--json", type=Path, help="write every table to this file")
     parser.add_argument("--table", type=Path, help="write a Markdown page to this file")
     parser.add_argument("--out", type=Path, help="folder of the runs, to go on with")
@@ -178,10 +182,10 @@ def main() -> None:
             plan = world_plan(name, concepts, arguments.quick, arguments.words)
             title = f"{name}: {len(plan.concept_ids)} concepts of its world"
             results[title] = run(plan, "world", out / name)
-        plan = None if arguments.no_real else real_plan(arguments.quick)
-        if plan is not None:
-            title = f"concept10 (2B L10) on {REAL_MODEL}: {len(plan.concept_ids)} concepts"
-            results[title] = run(plan, "offline", out / REAL_MODEL)
+        real = None if arguments.no_real else real_plan(arguments.quick, arguments.real_concepts)
+        if real is not None:
+            title = f"concept10 (2B L10) on {REAL_MODEL}: {len(real.concept_ids)} concepts"
+            results[title] = run(real, "offline", out / REAL_MODEL)
     text = page(results, arguments.quick)
     sys.stdout.write(text)
     if arguments.json:
