@@ -105,12 +105,18 @@ def test_diff_mean_detects_the_planted_word_perfectly_and_permuted_labels_do_not
         return auroc(np.array(scores), truth)
 
     assert area(concept()) == 1.0
-    both = [*concept().positives, *concept().negatives]
+    sides = list(concept().positives), list(concept().negatives)
     found = []
     for seed in range(8):
-        random.Random(seed).shuffle(both)
-        found.append(area(ConceptData("nothing", tuple(both[:18]), tuple(both[18:]))))
-    assert np.mean(found) < 0.8
+        for side in sides:
+            random.Random(seed).shuffle(side)
+        halves = [
+            tuple(one for side in sides for one in side[start::2]) for start in (0, 1)
+        ]  # as many true texts on either side: the labels know nothing
+        found.append(area(ConceptData("nothing", *halves)))
+    # below 1/2 is possible: where the word adds nothing, a text with it has a token less to score
+    null_error = ((60 + 1) / (12 * 30 * 30)) ** 0.5  # of an AUROC without any signal
+    assert max(found) < 0.5 + 3 * null_error
 
 
 @pytest.mark.parametrize(("word", "amount"), [("ssv", 1.0), ("reft_r1", 6.0), ("loreft", 1.0)])
