@@ -62,6 +62,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     )
     from .features import label_features, score_features
     from .organisms import list_organisms, load_organism
+    from .prediction import SideEffectPredictor, cross_validate, fit_predictor
     from .runs.autonomy import autonomy_protocol, run_autonomy
     from .runs.axbench.evaluation import run_axbench
     from .runs.axbench.files import read_axbench
@@ -80,12 +81,11 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from .runs.rollout_plan import RolloutPlan
     from .runs.rollouts import dose_response, run_rollouts
     from .runs.runner import InProcess, RayRunner, run_shard
+    from .runs.screening import screen
     from .runs.selection import select_features
     from .runs.side_effects import measure_side_effects
     from .runs.steering_methods import ConceptData, find_method
     from .runs.validation import validate_selection
-    from .prediction import SideEffectPredictor, cross_validate, fit_predictor
-    from .runs.screening import screen
     from .types import (
         AFTER_PROMPT,
         ALL,
@@ -124,6 +124,7 @@ _ROOMS: dict[str, str] = {
     "adapters.transformer_lens": "load_model",
     "adapters.sae_lens": "SteeringDictionary load_sae",
     "organisms": "load_organism list_organisms",
+    "prediction": "SideEffectPredictor cross_validate fit_predictor",
     "runs.autonomy": "autonomy_protocol run_autonomy",
     "runs.axbench.evaluation": "run_axbench",
     "runs.axbench.files": "read_axbench",
@@ -143,11 +144,10 @@ _ROOMS: dict[str, str] = {
     "runs.rollout_plan": "RolloutPlan",
     "runs.runner": "InProcess RayRunner run_shard",
     "runs.side_effects": "measure_side_effects",
+    "runs.screening": "screen",
     "runs.selection": "select_features",
     "runs.steering_methods": "ConceptData find_method",
     "runs.validation": "validate_selection",
-    "prediction": "SideEffectPredictor cross_validate fit_predictor",
-    "runs.screening": "screen",
 }
 """Which module each public name lives in. Reading this table imports none of them."""
 

@@ -469,6 +469,76 @@ def select(
 
 
 @app.command(
+    epilog="\b\nExample:\n  sae-steer screen --features 100 --contexts 256 --out screened",
+)
+def screen(
+    model: ModelOption = "agent-gpt2",
+    sae: SAEOption = None,
+    downstream: Annotated[
+        str | None, typer.Option(help="A later SAE, where collateral is read; named as --sae.")
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="Texts, one per line or JSONL with 'text'; not for agents.")
+    ] = None,
+    fresh: Annotated[
+        Path | None, typer.Option(help="Texts of the fresh contexts; else a fifth of --texts.")
+    ] = None,
+    contexts: Annotated[int, typer.Option(min=64, help="Label contexts.")] = 1024,
+    fresh_contexts: Annotated[int, typer.Option(min=64, help="Fresh contexts.")] = 128,
+    features: Annotated[int, typer.Option(min=25, help="Features, of all firing rates.")] = 300,
+    group: Annotated[int, typer.Option(min=2, help="Features of a group, at most.")] = 25,
+    strength: Annotated[float, typer.Option(help="How much of each row is added.")] = 1.0,
+    unit: Annotated[str, typer.Option(help="raw rows, or norm: mean residual norms.")] = "raw",
+    columns: Annotated[str, typer.Option(help="Predictor set.")] = "full_no_magnitude",
+    predictor: Annotated[str, typer.Option(help="ridge or trees.")] = "ridge",
+    protocol: Annotated[
+        str, typer.Option(help="strict (training statistics only) or paper.")
+    ] = "strict",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    seed: SeedOption = 0,
+    out: Annotated[Path, typer.Option(help="Folder for tables, forecasts and clean features.")] = (
+        Path("sae-steer-screened")
+    ),
+    debug: DebugOption = False,
+) -> None:
+    """Forecast which features steer cleanly, and check the forecast on fresh contexts.
+
+    Forecasts come from statistics without a steered pass, fitted on the side effects of some
+    features. Groups of others, forecast clean and messy, are then steered and compared.
+    """
+    with one_line_errors(debug):
+        quiet_hosts()
+        from sae_steering_plugin.runs.screen_job import (
+            Sizes,
+            axis_table,
+            difference_rows,
+            screen_subject,
+        )
+
+        found, subject = screen_subject(
+            model,
+            sae,
+            downstream,
+            texts=texts,
+            fresh=fresh,
+            sizes=Sizes(contexts, fresh_contexts, features, group),
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            strength=strength,
+            unit=unit,
+            columns=columns,
+            predictor=predictor,
+            protocol=protocol,
+        )
+        written = found.save(out, subject.sae)
+        shown(axis_table(found), "forecast on fresh contexts, and group means")
+        shown(difference_rows(found), "groups of pool features")
+        typer.echo(f"wrote {', '.join(str(path) for path in written)}")
+
+
+@app.command(
     epilog="\b\nExample:\n  sae-steer learn --texts pirate.txt --texts sums.txt --model agent-gpt2"
 )
 def learn(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_steering_plugin.plots import dose_response_svg, effects_svg
+from sae_steering_plugin.prediction.screen import GROUPS
 from sae_steering_plugin.runs.demo import PROBE, Demo
 from sae_steering_plugin.runs.learning import LearningReport
 from sae_steering_plugin.types import Effect, SteeringVector, escaped
@@ -245,15 +246,7 @@ def demo_page(demo: Demo) -> str:
                     "note",
                 ),
             ),
-            section(
-                "Side effects",
-                paragraph(
-                    "Not measured in this version: the forecast of side effects and its check "
-                    "against measured ones arrive with the forecasting issue, and summary.json "
-                    "holds an empty list until then.",
-                    "note",
-                ),
-            ),
+            section("Side effects", *side_effects(demo)),
             section(
                 "Strength chosen on validation items",
                 table(effect_rows(demo.validation), words=("method",)),
@@ -261,6 +254,41 @@ def demo_page(demo: Demo) -> str:
             section("Provenance", provenance(demo)),
         ],
     )
+
+
+def side_effects(demo: Demo) -> list[str]:
+    """Forecast against measured side effects, or why there are none."""
+    if not demo.side_effects:
+        return [
+            paragraph(
+                "No forecast was made: it needs a later SAE and texts, which sae-steer screen "
+                "takes by name.",
+                "note",
+            )
+        ]
+    rows = [
+        {
+            "axis": one["axis"],
+            "label": one["label"],
+            "features": one["n_features"],
+            "Spearman, held out": f"{one['spearman_heldout']:.3f} ({one['low']:.3f} to "
+            f"{one['high']:.3f})",
+            **{f"{name} mean": f"{one[f'{name}_mean']:.3f}" for name in GROUPS},
+        }
+        for one in demo.side_effects
+    ]
+    size = demo.side_effects[0]["group_size"]
+    return [
+        table(rows, words=("axis", "label")),
+        paragraph(
+            "Forecast from weights and clean activations, fitted on the side effects of other "
+            "features, against what was measured on contexts that nothing was fitted on. Each "
+            f"group holds {size} features: forecast clean, random, forecast messy. A column "
+            "forecast_clean above is that forecast for the features chosen. It is about how far "
+            "activations spread, not about harm.",
+            "note",
+        ),
+    ]
 
 
 def figure(drawing: str, caption: str) -> str:

@@ -19,7 +19,7 @@ from tests.local import (
     scored_file,
 )
 
-COMMANDS = ("demo", "build", "generate", "select", "learn", "evaluate")
+COMMANDS = ("demo", "build", "generate", "select", "screen", "learn", "evaluate")
 
 
 def call(*words: object) -> Result:
@@ -628,3 +628,18 @@ def test_learn_refuses_a_bad_file_before_a_model_is_loaded(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n')
     line = failed(call("learn", "--texts", tmp_path / "bad.jsonl", "--model", tmp_path / "none"))
     assert "bad.jsonl:1" in line
+
+
+def test_screen_writes_tables_forecasts_and_the_clean_features(tmp_path: Path) -> None:
+    words = ("--features", 40, "--contexts", 64, "--fresh-contexts", 64, "--group", 4)
+    result = call("screen", *words, "--out", tmp_path / "screened")
+    assert result.exit_code == 0, result.output
+    for name in ("screen.json", "fresh.parquet", "forecast_score.safetensors", "clean"):
+        assert (tmp_path / "screened" / name).exists()
+    assert "groups of pool features" in result.output
+
+
+def test_a_screen_without_texts_or_with_unknown_words_is_refused(tmp_path: Path) -> None:
+    small = ("--features", 40, "--contexts", 64, "--fresh-contexts", 64)
+    assert "choose one of strict, paper" in failed(call("screen", *small, "--protocol", "loose"))
+    assert "no predictor set" in failed(call("screen", *small, "--columns", "ful"))

@@ -123,13 +123,32 @@ def test_whatever_stands_in_a_record_is_shown_as_text(changes: dict[str, object]
     assert ATTACK in page.text
 
 
+def test_the_page_shows_forecast_against_measured_side_effects() -> None:
+    axis = {
+        "axis": "stability",
+        "label": "stability_abs",
+        "n_features": 40,
+        "spearman_heldout": 0.42,
+        "low": 0.11,
+        "high": 0.67,
+        "clean_mean": 0.816,
+        "random_mean": 0.809,
+        "messy_mean": 0.78,
+        "group_size": 10,
+    }
+    page = Page()
+    page.feed(demo_page(a_demo(side_effects=(axis,))))
+    for words in ("stability_abs", "0.420 (0.110 to 0.670)", "0.816", "group holds 10 features"):
+        assert words in page.text
+
+
 def test_the_page_says_what_was_found_and_what_is_missing() -> None:
     page = Page()
     page.feed(demo_page(a_demo()))
     for words in (
         "from 0.50 to 0.90 on 200 held-out items",
         "2 random directions of the same length (n = 200 each) moved it by |d| = 0.20 on average",
-        "arrive with the forecasting issue",
+        "No forecast was made",
         "chosen on validation items",
         "before",
         "after",

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from ..types import FeatureTable
+from .models import named_model
 from .predictors import SideEffectPredictor, fit_predictor, label_values
+from .sets import named_columns
 
 TRAIN_SHARE = 0.6
 BAND = (10.0, 90.0)
@@ -55,6 +57,14 @@ def split_features(
     return tuple(sorted(distinct[i] for i in train)), tuple(sorted(distinct[i] for i in pool))
 
 
+def check_words(columns: str | Sequence[str], model: str, protocol: str) -> None:
+    """Raise ValueError for an unknown predictor set, model or protocol, naming the known ones."""
+    named_columns(columns)
+    named_model(model)
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"no protocol {protocol!r}; choose one of {', '.join(PROTOCOLS)}")
+
+
 def screen_groups(
     statistics: FeatureTable,
     labels: FeatureTable,
@@ -78,8 +88,7 @@ def screen_groups(
     Raises ValueError for an unknown protocol, a feature on both sides, and fewer than three matched
     features.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"no protocol {protocol!r}; choose one of {', '.join(PROTOCOLS)}")
+    check_words(columns, model, protocol)
     if both := set(train) & set(pool):
         raise ValueError(f"feature {min(both)} is in the training set and in the pool")
     training = labels.of([f for f in train if f in set(labels.table.index)])

@@ -38,6 +38,13 @@ from sae_steering_plugin.runs.collect import collect_contrast, encode_labelled
 from sae_steering_plugin.runs.contrast_files import ContrastFile, read_contrast_file
 from sae_steering_plugin.runs.contrast_outcomes import outcome_word, run_contrast
 from sae_steering_plugin.runs.rollouts import Arm, random_vector, run_rollouts
+from sae_steering_plugin.runs.screen_job import (
+    Sizes,
+    contexts_for,
+    downstream_word,
+    open_downstream,
+)
+from sae_steering_plugin.runs.screening import screen
 from sae_steering_plugin.runs.subject import Subject, open_subject, world_contrast
 from sae_steering_plugin.runs.transcripts import Rollouts
 from sae_steering_plugin.types import (
@@ -62,7 +69,7 @@ class Budget:
     All methods run on all `test` items at the chosen strength; `controls` random directions on the
     first `control_items` of them, the dose curve and the position rules on the first `curve_items`.
     `finer` is how many strengths are tried between the best of `strengths` and the next larger one,
-    where validity usually breaks.
+    where validity usually breaks. `screen` is how much the forecast of side effects runs.
     """
 
     pairs: int = 400
@@ -77,6 +84,7 @@ class Budget:
     max_new_tokens: int = 64
     max_turns: int = 5
     batch_size: int = 128
+    screen: Sizes = Sizes(contexts=256, fresh=64, features=100, group=10)
 
 
 BASE = "unsteered"
@@ -122,6 +130,7 @@ class Demo:
     versions: Mapping[str, str]
     notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    side_effects: tuple[dict[str, Any], ...] = ()
 
     @property
     def best(self) -> Effect:
@@ -142,7 +151,7 @@ class Demo:
                 "chosen_strength": self.strength,
                 "dose_response": [row(one) for one in (*self.headline, *self.curve)],
                 "controls": [row(one) for one in self.controls],
-                "side_effects": [],
+                "side_effects": list(self.side_effects),
                 "selection": self.selection.rows(),
                 "settings": dict(self.settings),
                 "notes": list(self.notes),
@@ -638,6 +647,7 @@ def agent_evidence(
         sparse=sparse,
     )
     rollouts = joined(stages.test.values())
+    side_effects, selection = forecast(subject, selection, budget, seed=seed, progress=progress)
     return Demo(
         model=subject.name,
         sae=subject.sae_name,
@@ -659,7 +669,39 @@ def agent_evidence(
         versions=versions(),
         notes=stages.notes,
         settings=settings_of(budget, labelled, contrast, stages.vectors),
+        side_effects=side_effects,
     )
+
+
+def forecast(
+    subject: Subject, selection: Selection, budget: Budget, *, seed: int, progress: bool
+) -> tuple[tuple[dict[str, Any], ...], Selection]:
+    """A small screen of the agent's SAE: forecast against measured side effects on fresh contexts,
+    and the selection with the forecast score of its features (higher is cleaner).
+
+    Nothing for an SAE without a later one of the agent's own, or without features to screen.
+    """
+    device, dtype = str(subject.sae.W_dec.device), str(subject.sae.dtype).removeprefix("torch.")
+    try:
+        word = downstream_word(subject.name, subject.sae_name)
+    except ValueError:
+        return (), selection
+    later = open_downstream(subject, word, device=device, dtype=dtype)
+    known, fresh = contexts_for(subject, budget.screen, seed=seed)
+    found = screen(
+        subject.model,
+        subject.sae,
+        known,
+        fresh,
+        downstream=later,
+        n_features=budget.screen.features,
+        size=budget.screen.group,
+        seed=seed,
+        progress=progress,
+    )
+    scores = found.forecast_of(selection.features)
+    kept = {**selection.scores, "forecast_clean": tuple(scores[f] for f in selection.features)}
+    return found.axes, replace(selection, scores=kept)
 
 
 OUTCOME_OF_TRAIT = ("autonomy", "tool_use", "persistence", "risk", "deference")

@@ -29,7 +29,15 @@ from ..effects.intervals import bootstrap, item_draws
 from ..effects.significance import mann_whitney
 from ..prediction.association import Association, association
 from ..prediction.predictors import fit_predictor, label_values
-from ..prediction.screen import BAND, GROUPS, TRAIN_SHARE, Groups, screen_groups, split_features
+from ..prediction.screen import (
+    BAND,
+    GROUPS,
+    TRAIN_SHARE,
+    Groups,
+    check_words,
+    screen_groups,
+    split_features,
+)
 from ..types import FeatureTable
 from .feature_statistics import feature_statistics
 from .side_effects import (
@@ -169,6 +177,7 @@ def screen(
     Raises ValueError when a fresh context is among the label contexts, and what
     `measure_side_effects`, `split_features` and `screen_groups` raise.
     """
+    check_words(columns, predictor, protocol)
     known = {tuple(row) for row in tokens.tolist()}
     if shared := sum(tuple(row) in known for row in fresh.tolist()):
         raise ValueError(f"{shared} of {len(fresh)} fresh contexts are label contexts, too")

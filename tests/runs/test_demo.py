@@ -24,6 +24,7 @@ from sae_steering_plugin.runs.demo import (
     transcript_pairs,
 )
 from sae_steering_plugin.runs.rollouts import Rollouts
+from sae_steering_plugin.runs.screen_job import Sizes
 from sae_steering_plugin.runs.subject import Subject, open_subject
 from sae_steering_plugin.runs.transcripts import Rollout
 from sae_steering_plugin.types import Contrast
@@ -41,6 +42,7 @@ TINY = Budget(
     max_new_tokens=40,
     max_turns=2,
     batch_size=64,
+    screen=Sizes(contexts=64, fresh=64, features=40, group=4, length=16),
 )
 
 
