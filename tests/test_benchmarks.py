@@ -64,3 +64,18 @@ def test_disagreement_alone_decides_the_exit_code(off, code, monkeypatch, tmp_pa
     assert ("ANSWERS DISAGREE" in capsys.readouterr().out) == bool(code)
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert set(rows[0]) >= KEYS and rows[0]["met"] is False
+
+
+def test_presets_name_releases_that_saelens_knows():
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    from benchmarks.presets import PRESETS
+    from sae_steering_plugin.prediction import named_columns
+
+    known = get_pretrained_saes_directory()
+    for one in PRESETS.values():
+        for word in (one.sae, one.downstream):
+            release, _, sae_id = word.partition(":")
+            assert sae_id in known[release].saes_map, word
+        assert one.sae != one.downstream
+        named_columns(one.columns)

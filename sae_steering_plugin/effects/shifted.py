@@ -28,23 +28,28 @@ def shift_columns() -> tuple[str, ...]:
 
 
 def shifted(
-    clean: Float[Tensor, "row d_vocab"], steered: Float[Tensor, "row d_vocab"]
+    clean: Float[Tensor, "row d_vocab"], shift: Float[Tensor, "row d_vocab"]
 ) -> Float[Tensor, "row column"]:
-    """KL both ways (nats), logits moved, share of |shift| in the top k, exp-entropy of |shift|.
+    """KL both ways (nats), logits moved, share of |shift| in the top k, exp-entropy of |shift|, of
+    rows of logits and what was added to them.
 
     Columns as `shift_columns` names them, float64. Shares are NaN for a shift of zero.
     """
-    before, after = clean.float().log_softmax(-1), steered.float().log_softmax(-1)
-    size = (steered.float() - clean.float()).abs()
-    total = size.double().sum(dim=-1)
-    share = size.double() / total.clamp_min(1e-300)[:, None]
-    largest = share.topk(min(max(TOP), share.shape[1]), dim=-1).values
+    before = clean.float().log_softmax(-1)
+    after = (clean.float() + shift.float()).log_softmax(-1)
+    gap = before - after
+    size = shift.float().abs()
+    total = size.sum(dim=-1, dtype=torch.float64)
+    largest = size.topk(min(max(TOP), size.shape[1]), dim=-1).values.double()
+    # H(size / total) = ln total - sum(size ln size) / total
+    logs = torch.special.xlogy(size, size).sum(dim=-1, dtype=torch.float64)
+    entropy = total.clamp_min(1e-300).log() - logs / total.clamp_min(1e-300)
     columns = [
-        (before.exp() * (before - after)).double().sum(-1),
-        (after.exp() * (after - before)).double().sum(-1),
+        (before.exp_() * gap).sum(-1, dtype=torch.float64),
+        -(after.exp_() * gap).sum(-1, dtype=torch.float64),
         *((size > bar).sum(-1).double() for bar in MOVED),
-        *(torch.where(total > 0, largest[:, :k].sum(-1), torch.nan) for k in TOP),
-        torch.where(total > 0, (-torch.special.xlogy(share, share).sum(-1)).exp(), 0.0),
+        *(torch.where(total > 0, largest[:, :k].sum(-1) / total, torch.nan) for k in TOP),
+        torch.where(total > 0, entropy.exp(), 0.0),
     ]
     return torch.stack(columns, dim=1)
 

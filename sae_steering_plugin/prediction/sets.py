@@ -27,9 +27,6 @@ LOGIT = (
     "direct_top100_abs_mass_frac",
     "direct_top500_abs_mass_frac",
 )
-CURVATURE = ("curvature_mean", "curvature_cv")
-"""Ours, not the paper's: see `runs.curvature`."""
-
 NO_MAGNITUDE = (*FREQUENCY, *SHAPE, *GEOMETRY, *COACTIVATION, *LOGIT)
 
 PREDICTOR_SETS: dict[str, tuple[str, ...]] = {
@@ -55,10 +52,7 @@ PREDICTOR_SETS: dict[str, tuple[str, ...]] = {
         "encoder_decoder_cos",
     ),
     "full_all": (*NO_MAGNITUDE, *MAGNITUDE),
-    "curvature_only": CURVATURE,
-    "full_with_curvature": (*NO_MAGNITUDE, *CURVATURE),
 }
-"""`curvature_only` and `full_with_curvature` are ours; the others are the paper's."""
 
 PRIMARY = ("full_no_magnitude", "freq_only", "activation_magnitude_only")
 """The set whose worth is asked, and the two it has to beat."""

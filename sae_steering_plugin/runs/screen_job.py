@@ -15,8 +15,8 @@ from .contexts import LENGTH, packed_contexts
 from .screening import Screen, screen
 from .subject import Subject, open_subject
 
-TOKENS_OF_A_TEXT = 100
-"""A world's text has more tokens than this, nearly always; enough texts are drawn."""
+TOKENS_OF_A_TEXT = 60
+"""A world's texts have more tokens than this on average."""
 
 DOWNSTREAM_WIDTH = 512
 """The width that every architecture has behind the site of an organism's primary SAE."""

@@ -375,6 +375,7 @@ class _Bench:
         self.keep = reads_context(self.downstream)
         self.cap = lens_settings(self.model)["soft_cap"]
         self.gram = None if self.full or self.cap is not None else head_gram(self.model)
+        self.kept: tuple[Tensor, Tensor] | None = None
         self.panel_parts: Any = None
         if self.downstream is not None and self.survey.panel is not None and not self.keep:
             device = self.downstream.W_dec.device
@@ -431,15 +432,23 @@ class _Bench:
         if self.gram is not None:
             wide = shifts.double()
             return gram_stability(wide @ self.gram @ wide.T).to_dict()
-        before = head_logits(self.model, clean, cap=self.cap)
+        before = self._clean_logits(clean)
         after = head_logits(self.model, clean + shifts, cap=self.cap)
-        moved = (after - before).masked_fill(~shifts.any(dim=1).to(after.device)[:, None], 0.0)
+        moved = after.sub_(before)
+        moved[~shifts.any(dim=1).to(moved.device)] = 0.0
         wide = moved.double()
         figures = gram_stability(wide @ wide.T).to_dict()
         if self.full:
-            means = shifted(before, before + moved).nanmean(dim=0).tolist()
+            means = shifted(before, moved).nanmean(dim=0).tolist()
             figures |= dict(zip(shift_columns(), means, strict=True))
         return figures
+
+    def _clean_logits(self, clean: Tensor) -> Tensor:
+        """Logits of the clean runs; kept for the next direction, which often has these contexts."""
+        kept = self.kept
+        if kept is None or kept[0].shape != clean.shape or not torch.equal(kept[0], clean):
+            self.kept = kept = (clean, head_logits(self.model, clean, cap=self.cap))
+        return kept[1]
 
     def _codes(self, column: Tensor, before: Tensor | None) -> Float[Tensor, "row watched"]:
         if self.panel_parts is not None:

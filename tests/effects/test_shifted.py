@@ -7,7 +7,8 @@ from sae_steering_plugin.effects.shifted import shift_columns, shifted
 
 
 def figures(clean, steered):
-    found = shifted(torch.tensor([clean]), torch.tensor([steered]))[0].tolist()
+    before = torch.tensor([clean])
+    found = shifted(before, torch.tensor([steered]) - before)[0].tolist()
     return dict(zip(shift_columns(), found, strict=True))
 
 

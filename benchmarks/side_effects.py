@@ -1,0 +1,248 @@
+"""Side-effect labels of many features against one forward pass per (feature, context).
+
+`python -m benchmarks.side_effects [--quick] [--json FILE]`
+
+A random model of GPT-2-small's size on the bridge, hook after layer 8 of 12, downstream dictionary
+after layer 10, panel of 2,048. The naive way adds the row in a hook, takes all logits and encodes
+the whole downstream dictionary, once per pair; it is timed on some pairs and scaled. Ours is the
+whole call of `measure_side_effects`, its clean pass and layouts included. Labels are compared on
+the sampled pairs before anything is timed.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from benchmarks import timing
+from benchmarks.timing import Clock, Report, exponent, interleaved
+
+TOLERANCE = 1e-5
+"""Relative to the label's size (or 1): float32 rounding of products of other shapes."""
+
+
+def host(quick: bool) -> tuple[Any, int, str, str]:
+    """Model, words, site and downstream site."""
+    from benchmarks.hook_overhead import bridge
+
+    layers, width, words = (4, 128, 5000) if quick else (12, 768, 50257)
+    model = bridge(layers, width, words).model.eval()
+    at, later = (layers * 2) // 3, (layers * 5) // 6
+    return model, words, f"blocks.{at}.hook_resid_pre", f"blocks.{later}.hook_resid_pre"
+
+
+def residuals(model: Any, site: str, tokens: Any) -> Any:
+    import torch
+
+    from sae_steering_plugin.adapters.activations import TokenBatch, activations_at
+
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    start = torch.zeros(len(tokens))
+    return activations_at(
+        model, site, TokenBatch(tokens, real, start.long(), start.bool())
+    ).flatten(0, 1)
+
+
+def relu(d_in: int, d_sae: int, x: Any, *, hook_name: str) -> Any:
+    """A ReLU SAE that fires about 64 times: a code that jumps at its threshold could differ by the
+    threshold where two ways of computing differ by rounding."""
+    import torch
+    from sae_lens import StandardSAE, StandardSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
+
+    from benchmarks.dictionaries import jumprelu
+
+    jumping = jumprelu(d_in, d_sae, x, hook_name=hook_name)
+    sae = StandardSAE(
+        StandardSAEConfig(d_in=d_in, d_sae=d_sae, metadata=SAEMetadata(hook_name=hook_name))
+    )
+    with torch.no_grad():
+        sae.W_enc.copy_(jumping.W_enc)
+        sae.W_dec.copy_(jumping.W_dec)
+        sae.b_enc.copy_(-jumping.threshold)
+    return sae.eval()
+
+
+class Naive:
+    """One forward pass per pair, as one writes it: a hook, all logits, the whole dictionary."""
+
+    def __init__(self, model: Any, sae: Any, later: Any, site: str, read: str, panel: Any) -> None:
+        from sae_steering_plugin.adapters.transformer_lens import resolve
+
+        self.model, self.sae, self.later, self.panel = model, sae, later, panel
+        self.site, self.read = (resolve(model, name).name for name in (site, read))
+
+    def one(self, tokens: Any, row: Any) -> tuple[Any, Any]:
+        """Last logits and watched codes of one context with `row` added at its last token."""
+        import torch
+
+        held: list[Any] = []
+
+        def push(x: Any, hook: Any) -> Any:  # noqa: ARG001
+            x = x.clone()
+            x[:, -1] += row
+            return x
+
+        def read(x: Any, hook: Any) -> None:  # noqa: ARG001
+            held.append(x)
+
+        with torch.no_grad():
+            logits = self.model.run_with_hooks(
+                tokens[None], fwd_hooks=[(self.site, push), (self.read, read)]
+            )
+            codes = self.later.encode(held[-1])[0, -1, self.panel]
+        return logits[0, -1], codes
+
+
+def measure(report: Report) -> None:
+    import torch
+
+    from sae_steering_plugin.adapters.sae_parts import decoder_rows
+    from sae_steering_plugin.effects.spread import spread, spread_columns
+    from sae_steering_plugin.effects.stability import stability
+    from sae_steering_plugin.runs.side_effects import measure_side_effects, survey_contexts
+
+    quick = report.quick
+    model, words, site, read = host(quick)
+    width = 2048 if quick else 8192
+    contexts, features, sampled = (64, 64, 2) if quick else (64, 96, 2)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, words, (contexts, 48), generator=generator)
+    d = int(model.cfg.d_model)
+    sae = relu(d, width, residuals(model, site, tokens[:16]), hook_name=site)
+    later = relu(d, width, residuals(model, read, tokens[:16]), hook_name=read)
+    panel = min(2048, width)
+    strength = 5.0  # a unit row against random residuals; 1 moves rounding and little else
+
+    def ours(n: int, *, full: bool, place: Any = "shared", survey: Any = None) -> Any:
+        return measure_side_effects(
+            model,
+            sae,
+            range(n),
+            tokens,
+            downstream=later,
+            strengths=(strength,),
+            contexts=place,
+            panel=panel,
+            full=full,
+            survey=survey,
+            progress=False,
+        )
+
+    survey = survey_contexts(model, sae, tokens, downstream=later, panel=panel, progress=False)
+    naive = Naive(model, sae, later, site, read, survey.panel)
+    few = torch.arange(4)
+    for full in (False, True):
+        found = ours(sampled, full=full, place=few, survey=survey).of().table
+        for feature in range(sampled):
+            row = strength * decoder_rows(sae, [feature])[0]
+            pairs = [
+                (naive.one(tokens[i], row), naive.one(tokens[i], 0.0 * row)) for i in few.tolist()
+            ]
+            shifts = torch.stack([steered[0] - clean[0] for steered, clean in pairs])
+            moved = torch.stack([steered[1] - clean[1] for steered, clean in pairs])
+            labels = {k: float(v) for k, v in stability(shifts).to_dict().items()}
+            means = spread(moved, torch.full((len(moved),), -1)).mean(0).tolist()
+            labels |= dict(zip(spread_columns(), means, strict=True))
+            labels.pop("count_ex_self")
+            wanted = torch.tensor(list(labels.values()))
+            got = torch.tensor([float(found.loc[feature, name]) for name in labels])
+            size = wanted.abs().clamp_min(1.0)
+            error = report.agree(f"labels, full={full}", got / size, wanted / size, TOLERANCE)
+
+    def loop(clock: Clock) -> None:
+        with clock:
+            for i in range(sampled):
+                row = strength * decoder_rows(sae, [i])[0]
+                for j in range(2):
+                    naive.one(tokens[j], row)
+
+    def whole(n: int, *, full: bool) -> Any:
+        def variant(clock: Clock) -> None:
+            with clock:
+                ours(n, full=full)
+
+        return variant
+
+    def surveyed(n: int, *, full: bool) -> Any:
+        def variant(clock: Clock) -> None:
+            with clock:
+                ours(n, full=full, survey=survey)
+
+        return variant
+
+    counted = features // 8
+    times = interleaved(
+        {
+            "naive": loop,
+            "core": whole(features, full=False),
+            "core, surveyed": surveyed(features, full=False),
+            "full": whole(counted, full=True),
+        },
+        rounds=1 if quick else 2,
+        warm_up=0,
+    )
+    pairs = {"naive": sampled * 2, "core": features * contexts, "full": counted * contexts}
+    pairs["core, surveyed"] = pairs["core"]
+    per = {name: times.seconds(name) / n for name, n in pairs.items()}
+    wall = {name: median(times.wall[name]) / n for name, n in pairs.items()}
+    shapes = f"{features} features x {contexts} contexts x 48 tokens, {d} wide, {words} words"
+    report.add(
+        "8b",
+        "stability and spread without forming logits / one forward per pair",
+        per["core"] / per["naive"],
+        target=1 / 50,
+        seconds=per["core"],
+        wall_ratio=wall["core"] / wall["naive"],
+        error=error,
+        shapes=shapes,
+    )
+    report.add(
+        "8b",
+        "the same, clean pass already there (the notes' way of counting)",
+        per["core, surveyed"] / per["naive"],
+        target=1 / 150,
+        seconds=per["core, surveyed"],
+        wall_ratio=wall["core, surveyed"] / wall["naive"],
+        shapes=shapes,
+    )
+    report.add(
+        "8a",
+        "the same with full logits: KL, logits moved, shares / one forward per pair",
+        per["full"] / per["naive"],
+        target=1 / 50,
+        seconds=per["full"],
+        wall_ratio=wall["full"] / wall["naive"],
+        error=error,
+        shapes=shapes.replace(str(features), str(counted), 1),
+    )
+    lengths = (16, 128)
+    seconds = []
+    for length in lengths:
+        drawn = torch.randint(3, words, (64, length), generator=generator)
+        known = survey_contexts(model, sae, drawn, downstream=later, panel=panel, progress=False)
+        clock = [Clock(), Clock()]
+        for one, n in zip(clock, (4, 28), strict=True):
+            with one:
+                measure_side_effects(
+                    model,
+                    sae,
+                    range(n),
+                    drawn,
+                    downstream=later,
+                    contexts="shared",
+                    survey=known,
+                    progress=False,
+                )
+        seconds.append(max(clock[1].cpu - clock[0].cpu, 1e-9))
+    report.add(
+        "  growth",
+        "a further feature, by context length 16 to 128 tokens",
+        seconds[-1] / seconds[0],
+        exponent=exponent(lengths, seconds),
+        shapes="64 contexts",
+    )
+
+
+if __name__ == "__main__":
+    timing.main("side_effects", measure, full_size=("8a", "8b"))
