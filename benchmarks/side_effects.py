@@ -186,36 +186,21 @@ def measure(report: Report) -> None:
     pairs["core, surveyed"] = pairs["core"]
     per = {name: times.seconds(name) / n for name, n in pairs.items()}
     wall = {name: median(times.wall[name]) / n for name, n in pairs.items()}
-    shapes = f"{features} features x {contexts} contexts x 48 tokens, {d} wide, {words} words"
-    report.add(
-        "8b",
-        "stability and spread without forming logits / one forward per pair",
-        per["core"] / per["naive"],
-        target=1 / 50,
-        seconds=per["core"],
-        wall_ratio=wall["core"] / wall["naive"],
-        error=error,
-        shapes=shapes,
-    )
-    report.add(
-        "8b",
-        "the same, clean pass already there (the notes' way of counting)",
-        per["core, surveyed"] / per["naive"],
-        target=1 / 150,
-        seconds=per["core, surveyed"],
-        wall_ratio=wall["core, surveyed"] / wall["naive"],
-        shapes=shapes,
-    )
-    report.add(
-        "8a",
-        "the same with full logits: KL, logits moved, shares / one forward per pair",
-        per["full"] / per["naive"],
-        target=1 / 50,
-        seconds=per["full"],
-        wall_ratio=wall["full"] / wall["naive"],
-        error=error,
-        shapes=shapes.replace(str(features), str(counted), 1),
-    )
+    for row, what, name, target, count in (
+        ("8b", "stability and spread without forming logits", "core", 1 / 50, features),
+        ("8b", "the same, clean pass already there", "core, surveyed", 1 / 150, features),
+        ("8a", "the same with full logits: KL, moved, shares", "full", 1 / 50, counted),
+    ):
+        report.add(
+            row,
+            f"{what} / one forward per pair",
+            per[name] / per["naive"],
+            target=target,
+            seconds=per[name],
+            wall_ratio=wall[name] / wall["naive"],
+            error=error,
+            shapes=f"{count} features x {contexts} contexts x 48 tokens, {d} wide, {words} words",
+        )
     lengths = (16, 128)
     seconds = []
     for length in lengths:
