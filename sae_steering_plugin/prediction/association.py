@@ -84,7 +84,8 @@ def rank_statistic(
             basis = np.stack([ones, *(_ranks(one[rows]) for one in kept)], axis=2)
             inverse = np.linalg.pinv(basis)
             sides = [side - (basis @ (inverse @ side[:, :, None]))[:, :, 0] for side in sides]
-        return _correlations(*sides, scale=float(rows.shape[1]))
+        first, second = sides
+        return _correlations(first, second, scale=float(rows.shape[1]))
 
     return statistic
 

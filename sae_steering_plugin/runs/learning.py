@@ -25,7 +25,7 @@ from sae_steering_plugin.adapters.activations import (
     padded,
     refuse_dropout,
 )
-from sae_steering_plugin.adapters.peft import learning_logits
+from sae_steering_plugin.adapters.learning import learning_logits
 from sae_steering_plugin.adapters.sae_lens import sae_id
 from sae_steering_plugin.adapters.sae_parts import site_names, whole_codes
 from sae_steering_plugin.adapters.training_hooks import linear_decoder

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sae_steering_plugin.adapters.activations import encode_texts, padded
-from sae_steering_plugin.adapters.peft import fixed_weights, learning_logits, low_rank_adapter
+from sae_steering_plugin.adapters.learning import fixed_weights, learning_logits
+from sae_steering_plugin.adapters.peft import low_rank_adapter
 from sae_steering_plugin.adapters.sharing import steered_logits
 from tests.hosts import tiny_bridge, tiny_hooked, tiny_llama, tiny_neox, tiny_qwen_moe
 

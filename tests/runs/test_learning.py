@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae_steering_plugin.adapters.activations import encode_texts, padded
-from sae_steering_plugin.adapters.peft import learning_logits
+from sae_steering_plugin.adapters.learning import learning_logits
 from sae_steering_plugin.adapters.training_hooks import linear_decoder
 from sae_steering_plugin.adapters.transformer_lens import resolve
 from sae_steering_plugin.runs.learning import (

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...adapters.peft import learning_logits
+from ...adapters.learning import learning_logits
 from ...types import PREFILL, Edit, PreparedChange
 from ..subject import Subject
 from .descent import Schedule, summary

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...adapters.peft import fixed_weights, learning_logits
+from ...adapters.learning import fixed_weights, learning_logits
 from ...edits.shift import Add
 from ...types import Edit, PreparedChange
 from ..subject import Subject

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ...adapters.peft import learning_logits, low_rank_adapter
+from ...adapters.learning import learning_logits
+from ...adapters.peft import low_rank_adapter
 from ..subject import Subject
 from .descent import Schedule, summary
 from .records import ConceptData, Fitted
