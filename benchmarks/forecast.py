@@ -363,6 +363,29 @@ def reading(found: Sequence[dict[str, Any]]) -> list[str]:
             parts.append(f"{better} of {of} against `{name}`")
         return " and ".join(parts)
 
+    kept = [
+        row["sets"]["full_no_magnitude"][1] > 0
+        for one in found
+        for row in one["forecasts"]
+        if row["residual"]
+    ]
+    left, of = sum(kept), len(kept)
+    drawn = {
+        target: [
+            one["name"]
+            for one in found
+            for row in one["forecasts"]
+            if row["arm"].startswith("random")
+            and row["target"] == target
+            and row["sets"]["full_no_magnitude"][1] > 0
+        ]
+        for target in ("stability_abs", "count_0.05", "clean")
+    }
+    drawn_words = "; ".join(
+        f"{target} in {len(names)} of {len(found)} dictionaries"
+        + (f" ({', '.join(names)})" if names else "")
+        for target, names in drawn.items()
+    )
     screens = [(one["name"], row) for one in found for row in one["axes"] if row["axis"] == "clean"]
     held = sum(row["low"] > 0 for _, row in screens)
     gaps = [
@@ -384,8 +407,13 @@ def reading(found: Sequence[dict[str, Any]]) -> list[str]:
         f"- The screening score ranks held-out features on fresh contexts with an interval above "
         f"zero in {held} of {len(screens)} dictionaries; the clean group beats the messy one after "
         f"Holm in {right} of {len(gaps)} comparisons of stability and count per effect.",
-        "- What a forecast from weights knows is mostly how large the effect will be: where the "
-        "residual rows fall to zero, the forecast went through effect size.",
+        f"- After residualisation the full set's own interval stays above zero in {left} of {of} "
+        "pairs; in the others nothing is shown beyond effect size, natural activation and firing "
+        "rate.",
+        f"- Random directions of equal length, forecast from the statistics of the feature beside "
+        f"them, have an interval above zero for {drawn_words}. There a feature's forecast cannot "
+        "be credited to its direction: row length (standard SAEs have rows of unequal length), the "
+        "contexts, or chance would do.",
         "- A forecast is about one last token, one strength and one corpus, and about how far "
         "activations spread. It is no forecast of harm, and does not carry over to another "
         "dictionary.",
@@ -398,6 +426,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", type=Path)
     parser.add_argument("--only", help="part of a dictionary's name")
+    parser.add_argument("--tables", type=Path, help="only the page, from an earlier --json file")
     arguments = parser.parse_args()
     import logging
     import warnings
@@ -407,8 +436,12 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    if arguments.tables:
+        found: list[dict[str, Any]] = json.loads(arguments.tables.read_text())["dictionaries"]
+        (arguments.page or Path("docs/side_effects.md")).write_text(page(found))
+        return
     listed = [job for job in jobs() if not arguments.only or arguments.only in job.name]
-    found: list[dict[str, Any]] = []
+    found = []
     for job in listed[:1] if arguments.quick else listed:
         found.append(studied(job, quick=arguments.quick))
         print(f"{job.name}: {found[-1]['seconds']:.0f} s", flush=True)
