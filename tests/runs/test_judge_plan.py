@@ -98,6 +98,7 @@ def test_two_shards_give_one_process_s_bits(tmp_path):
 
 @pytest.fixture
 def endpoint(monkeypatch):
+    pytest.importorskip("openai", reason="needs the extra [judge]")
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
     with chat_server() as server:
         yield server
