@@ -4,9 +4,10 @@
 
 A random model of GPT-2-small's size on the bridge, hook after layer 8 of 12, downstream dictionary
 after layer 10, panel of 2,048. The naive way adds the row in a hook, takes all logits and encodes
-the whole downstream dictionary, once per pair; it is timed on some pairs and scaled. Ours is the
-whole call of `measure_side_effects`, its clean pass and layouts included. Labels are compared on
-the sampled pairs before anything is timed.
+the whole downstream dictionary, once per pair; it is timed on some pairs and scaled. Ours is
+`measure_side_effects` on shared contexts: the price of a further feature (the difference of two
+calls), and a whole call with its clean pass and layout. Labels are compared on sampled pairs before
+anything is timed.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ class Naive:
 def measure(report: Report) -> None:
     import torch
 
+    from sae_steering_plugin.adapters.columns import ContextRows
     from sae_steering_plugin.adapters.sae_parts import decoder_rows
     from sae_steering_plugin.effects.spread import spread, spread_columns
     from sae_steering_plugin.effects.stability import stability
@@ -157,75 +159,72 @@ def measure(report: Report) -> None:
                 for j in range(2):
                     naive.one(tokens[j], row)
 
-    def whole(n: int, *, full: bool) -> Any:
+    def labels(n: int, *, full: bool, known: Any = survey) -> Any:
         def variant(clock: Clock) -> None:
             with clock:
-                ours(n, full=full)
+                ours(n, full=full, survey=known)
 
         return variant
 
-    def surveyed(n: int, *, full: bool) -> Any:
-        def variant(clock: Clock) -> None:
-            with clock:
-                ours(n, full=full, survey=survey)
-
-        return variant
-
-    counted = features // 8
+    fewer, for_logits = 8, (4, 20)
     times = interleaved(
         {
             "naive": loop,
-            "core": whole(features, full=False),
-            "core, surveyed": surveyed(features, full=False),
-            "full": whole(counted, full=True),
+            "whole call": labels(features, full=False, known=None),
+            "core": labels(features, full=False),
+            "core, few": labels(fewer, full=False),
+            "full": labels(for_logits[1], full=True),
+            "full, few": labels(for_logits[0], full=True),
         },
         rounds=1 if quick else 2,
         warm_up=0,
     )
-    pairs = {"naive": sampled * 2, "core": features * contexts, "full": counted * contexts}
-    pairs["core, surveyed"] = pairs["core"]
-    per = {name: times.seconds(name) / n for name, n in pairs.items()}
-    wall = {name: median(times.wall[name]) / n for name, n in pairs.items()}
-    for row, what, name, target, count in (
-        ("8b", "stability and spread without forming logits", "core", 1 / 50, features),
-        ("8b", "the same, clean pass already there", "core, surveyed", 1 / 150, features),
-        ("8a", "the same with full logits: KL, moved, shares", "full", 1 / 50, counted),
+
+    def seconds(found: Any) -> dict[str, float]:
+        """Seconds per pair: of the whole call, and of a further feature on contexts laid out."""
+        at = {name: median(values) for name, values in found.items()}
+        more = (features - fewer) * contexts, (for_logits[1] - for_logits[0]) * contexts
+        return {
+            "naive": at["naive"] / (sampled * 2),
+            "whole call": at["whole call"] / (features * contexts),
+            "core": (at["core"] - at["core, few"]) / more[0],
+            "full": (at["full"] - at["full, few"]) / more[1],
+        }
+
+    cpu, wall = seconds(times.cpu), seconds(times.wall)
+    shapes = f"{contexts} contexts x 48 tokens, {d} wide, {words} words, panel {panel}"
+    for row, what, name, target in (
+        ("8a", "a further feature with logits: KL, moved, shares", "full", 1 / 50),
+        ("8b", "a further feature without forming logits", "core", 1 / 150),
+        ("  all", f"{features} features, clean pass and layout included", "whole call", None),
     ):
         report.add(
             row,
             f"{what} / one forward per pair",
-            per[name] / per["naive"],
+            cpu[name] / cpu["naive"],
             target=target,
-            seconds=per[name],
+            seconds=cpu[name],
             wall_ratio=wall[name] / wall["naive"],
             error=error,
-            shapes=f"{count} features x {contexts} contexts x 48 tokens, {d} wide, {words} words",
+            shapes=shapes,
         )
-    lengths = (16, 128)
-    seconds = []
+    lengths, grown = (16, 128), []
+    steps = torch.randn(64, d, generator=generator)
     for length in lengths:
         drawn = torch.randint(3, words, (64, length), generator=generator)
-        known = survey_contexts(model, sae, drawn, downstream=later, panel=panel, progress=False)
-        clock = [Clock(), Clock()]
-        for one, n in zip(clock, (4, 28), strict=True):
-            with one:
-                measure_side_effects(
-                    model,
-                    sae,
-                    range(n),
-                    drawn,
-                    downstream=later,
-                    contexts="shared",
-                    survey=known,
-                    progress=False,
-                )
-        seconds.append(max(clock[1].cpu - clock[0].cpu, 1e-9))
+        laid = ContextRows(model, drawn, site, read)
+        clock = Clock()
+        laid.under(steps)
+        with clock:
+            for _ in range(5 if quick else 20):
+                laid.under(steps)
+        grown.append(clock.cpu)
     report.add(
         "  growth",
-        "a further feature, by context length 16 to 128 tokens",
-        seconds[-1] / seconds[0],
-        exponent=exponent(lengths, seconds),
-        shapes="64 contexts",
+        "one column of 64 rows, contexts of 16 to 128 tokens",
+        grown[-1] / grown[0],
+        exponent=exponent(lengths, grown),
+        shapes=shapes,
     )
 
 
