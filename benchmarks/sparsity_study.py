@@ -51,10 +51,12 @@ def measure(model: str, quick: bool) -> list[dict[str, Any]]:
 
 def page(rows: list[dict[str, Any]]) -> str:
     """The results as the page in docs/."""
+    models = " ".join(dict.fromkeys(row["model"] for row in rows))
     lines = [
         "# Does a dictionary have to be sparse to steer?",
         "",
-        "Written by `python benchmarks/sparsity_study.py --table docs/sparsity_study.md`.",
+        f"Written by `python benchmarks/sparsity_study.py --models {models} --table "
+        "docs/sparsity_study.md`.",
         "",
         "Dictionaries of one layer of the embedded models, differing in l0, width and",
         "architecture; same statements and labels (11 concepts: topic, sentiment, formality,",
