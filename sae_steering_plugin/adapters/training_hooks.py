@@ -25,9 +25,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sae_steering_plugin.adapters.sae_parts import decoder_rows, site_names, whole_codes
+from sae_steering_plugin.adapters.sae_parts import (
+    LINEAR,
+    RANKED,
+    RECTIFIED,
+    RUN_TIME_SCALES,
+    THRESHOLDED,
+    TRANSCODERS,
+    architecture,
+    decoder_rows,
+    site_names,
+    whole_codes,
+)
 from sae_steering_plugin.adapters.transformer_lens import Model, refuse_compiled, resolve
-from sae_steering_plugin.concepts.maps import concept_basis
+from sae_steering_plugin.concepts.maps import ConceptBasis, concept_basis
 from sae_steering_plugin.types import SteeringVector, Unit
 
 Change = Callable[[Tensor, Tensor | None], Tensor]
@@ -62,8 +73,8 @@ class ConceptGradientEdit:
     when_active: bool = False
 
     def __post_init__(self) -> None:
-        latents = chosen_latents(self.sae, list(self.scales))
-        dropped = concept_basis(decoder_rows(self.sae, latents).cpu()).dropped
+        latents = list(self.scales)
+        dropped = basis_of(self.sae, latents).dropped
         if dropped:
             names = ", ".join(str(latents[place]) for place in dropped)
             raise ValueError(
@@ -76,7 +87,7 @@ class ConceptGradientEdit:
 
     def prepare(self, *, dtype: torch.dtype, device: torch.device) -> Change:
         latents = list(self.scales)
-        basis = concept_basis(decoder_rows(self.sae, latents).cpu())
+        basis = basis_of(self.sae, latents)
         rows, dual = (part.to(dtype=dtype, device=device) for part in (basis.rows, basis.dual))
         less = torch.tensor([self.scales[j] - 1 for j in latents], dtype=dtype, device=device)
 
@@ -107,15 +118,14 @@ class ConceptAblation:
     latents: Sequence[int]
 
     def __post_init__(self) -> None:
-        chosen_latents(self.sae, list(self.latents))
+        basis_of(self.sae, self.latents)
 
     @property
     def hook_name(self) -> str:
         return site_names(self.sae)[1]
 
     def prepare(self, *, dtype: torch.dtype, device: torch.device) -> Change:
-        basis = concept_basis(decoder_rows(self.sae, list(self.latents)).cpu())
-        q = basis.orthonormal().to(dtype=dtype, device=device)
+        q = basis_of(self.sae, self.latents).orthonormal().to(dtype=dtype, device=device)
 
         def change(x: Tensor, where: Tensor | None) -> Tensor:
             taken = (x @ q) @ q.T
@@ -242,9 +252,12 @@ def training_callback(model: Model, hooks: TrainingHook | Sequence[TrainingHook]
     return TrainingHooks()
 
 
-def chosen_latents(sae: Any, latents: list[int]) -> list[int]:
-    """The latents, checked. Raises ValueError for none, a repeated one and one outside the SAE."""
-    width = sae.W_dec.shape[0]
+def basis_of(sae: Any, latents: Sequence[int]) -> ConceptBasis:
+    """The basis of the latents' decoder rows.
+
+    Raises ValueError for no latent, a repeated one, one outside the SAE, and as `concept_basis`.
+    """
+    width, latents = sae.W_dec.shape[0], list(latents)
     if not latents:
         raise ValueError("no latent is given")
     if len(set(latents)) != len(latents):
@@ -252,8 +265,7 @@ def chosen_latents(sae: Any, latents: list[int]) -> list[int]:
     wrong = [j for j in latents if not 0 <= j < width]
     if wrong:
         raise ValueError(f"latent {wrong[0]} is outside 0..{width - 1} of this SAE")
-    concept_basis(decoder_rows(sae, latents).cpu())
-    return latents
+    return concept_basis(decoder_rows(sae, latents).cpu())
 
 
 def linear_decoder(sae: Any) -> tuple[Float[Tensor, "latent d_model"], Float[Tensor, " d_model"]]:
@@ -262,16 +274,6 @@ def linear_decoder(sae: Any) -> tuple[Float[Tensor, "latent d_model"], Float[Ten
     Raises ValueError for a dictionary whose decode is not that: run-time normalisation,
     transcoders, and codes that hang on other positions.
     """
-    from sae_steering_plugin.adapters.sae_parts import (
-        LINEAR,
-        RANKED,
-        RECTIFIED,
-        RUN_TIME_SCALES,
-        THRESHOLDED,
-        TRANSCODERS,
-        architecture,
-    )
-
     word, kind = architecture(sae), sae.cfg.normalize_activations
     if kind in RUN_TIME_SCALES:
         raise ValueError(

@@ -15,7 +15,7 @@ from .choice_items import FORMS, alternating, letter_share
 from .protocols import Evaluation
 from .references import ModelRef
 from .rollout_evaluation import named_vectors
-from .rollout_plan import BASE, random_arms, steering_arms
+from .rollout_plan import BASE, random_crowd, steering_arms
 from .sas_tables import effect_cells, rounded
 
 if TYPE_CHECKING:
@@ -57,17 +57,7 @@ def capability(
     scale = cast("StrengthUnit", unit)
     named = named_vectors(vectors)
     steered = steering_arms(named, strengths=strengths, unit=scale)
-    crowd = [
-        arm
-        for name, reference in named.items()
-        for arm in random_arms(
-            reference,
-            seeds=range(controls),
-            strengths=strengths,
-            unit=scale,
-            label="" if len(named) == 1 else f"like {name}",
-        )
-    ]
+    crowd = random_crowd(named, seeds=range(controls), strengths=strengths, unit=scale)
     fit = Fit.of(model)
     truth, choices = question_sets(model, data, fit, items=items, seed=seed)
     plan = CapabilityPlan(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -258,7 +259,6 @@ def learning_report(
         {name: GradientSums(rows, bias, tuple(watch), keep) for name in dict.fromkeys(sources)}
         for rows, bias in decoders
     ]
-    whole = [GradientSums(rows, bias, tuple(watch), keep) for rows, bias in decoders]
     total = 0.0
     with tqdm(total=len(texts), desc="gradients", unit="text", disable=not progress) as bar:
         for start in range(0, len(texts), batch_size):
@@ -273,13 +273,12 @@ def learning_report(
                     z = whole_codes(wanted[place], h)
                 for row in range(len(h)):
                     where = counted[row].to(h.device)
-                    parts = g[row][where], h[row][where], z[row][where]
-                    whole[place].add(*parts)
-                    sums[place][sources[start + row]].add(*parts)
+                    source = sums[place][sources[start + row]]
+                    source.add(g[row][where], h[row][where], z[row][where])
             bar.update(len(batch.tokens))
     reports = {
         site: LearningReport(
-            whole[place],
+            together(sums[place], sources),
             site,
             sae_id(wanted[place]),
             total,
@@ -293,6 +292,17 @@ def learning_report(
         for place, site in enumerate(sites)
     }
     return reports if isinstance(saes, Sequence) else reports[sites[0]]
+
+
+def together(by_source: Mapping[str, GradientSums], sources: Sequence[str]) -> GradientSums:
+    """The sums of all sources, what is kept per text back in the order of the texts."""
+    whole = reduce(GradientSums.merge, by_source.values())
+    apart = [i for name in by_source for i, source in enumerate(sources) if source == name]
+    order = sorted(range(len(apart)), key=apart.__getitem__)
+    for kept in ("top_latents", "top_values", "watched"):
+        values = getattr(whole, kept)
+        setattr(whole, kept, [values[place] for place in order])
+    return whole
 
 
 def counted_positions(batch: TokenBatch) -> Bool[Tensor, "batch pos"]:

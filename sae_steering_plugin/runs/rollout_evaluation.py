@@ -10,7 +10,7 @@ from ..types import UNITS, Scenario
 from ..types import Unit as StrengthUnit
 from .protocols import Evaluation
 from .references import ModelRef, VectorRef
-from .rollout_plan import BASE, RolloutPlan, random_arms, steering_arms
+from .rollout_plan import BASE, RolloutPlan, random_crowd, steering_arms
 from .scenarios import TOOLS, read_scenarios, read_tools, tool_name
 from .transcripts import PROXIES, Rollouts
 
@@ -97,18 +97,9 @@ def rollouts(
     named = named_vectors(vectors)
     schemas = TOOLS if tools is None else read_tools(tools)
     steered = steering_arms(named, strengths=strengths, unit=scale, positions=positions)
-    crowd = [
-        arm
-        for name, reference in named.items()
-        for arm in random_arms(
-            reference,
-            seeds=range(controls),
-            strengths=strengths,
-            unit=scale,
-            positions=positions,
-            label="" if len(named) == 1 else f"like {name}",
-        )
-    ]
+    crowd = random_crowd(
+        named, seeds=range(controls), strengths=strengths, unit=scale, positions=positions
+    )
     plan = RolloutPlan(
         ModelRef.of(model, device=device, dtype=dtype),
         chosen_scenarios(model, scenarios, items, [tool_name(schema) for schema in schemas]),

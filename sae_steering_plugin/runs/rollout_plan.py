@@ -178,6 +178,29 @@ def random_arms(
     )
 
 
+def random_crowd(
+    named: Mapping[str, VectorRef],
+    *,
+    seeds: Sequence[int],
+    strengths: Sequence[float],
+    unit: StrengthUnit = "norm",
+    positions: Sequence[Positions | str] = (ALL,),
+) -> list[ArmSpec]:
+    """`random_arms` of every vector; with several, an arm's name says whose control it is."""
+    return [
+        arm
+        for name, reference in named.items()
+        for arm in random_arms(
+            reference,
+            seeds=seeds,
+            strengths=strengths,
+            unit=unit,
+            positions=positions,
+            label="" if len(named) == 1 else f"like {name}",
+        )
+    ]
+
+
 def position_rule(rule: Positions | str) -> Positions:
     return named_positions(rule) if isinstance(rule, str) else rule
 

@@ -154,6 +154,17 @@ def test_sources_are_summed_apart_and_compared(bridge):
         report.table("c")
 
 
+def test_texts_keep_their_order_when_sources_alternate(bridge):
+    sae = tiny_sae()
+    mixed = learning_report(
+        bridge, sae, TEXTS, groups=["a", "b", "a", "b"], watch=[3, 4], progress=False
+    )
+    plain = learning_report(bridge, sae, TEXTS, watch=[3, 4], progress=False)
+    assert torch.equal(mixed.per_example, plain.per_example)
+    assert mixed.top_of_examples == plain.top_of_examples
+    assert torch.allclose(mixed.sums.push, plain.sums.push, atol=1e-12)
+
+
 def test_what_is_shown_is_ranked_and_labelled(bridge):
     report = learning_report(
         bridge, tiny_sae(), TEXTS * 2, labels={3: "tides"}, min_active=0.3, progress=False
