@@ -39,7 +39,13 @@ from sae_steering_plugin.runs.axbench.plan import (  # noqa: E402
     MethodLine,
     axbench_plan,
 )
+from sae_steering_plugin.runs.axbench.results import AxBenchResults  # noqa: E402
 from sae_steering_plugin.runs.axbench.world import known_concepts, world_concepts  # noqa: E402
+from sae_steering_plugin.runs.axbench.writer import (  # noqa: E402
+    axbench_name,
+    missing_columns,
+    read_evaluation,
+)
 from sae_steering_plugin.runs.choice_evaluation import primary_sae  # noqa: E402
 from sae_steering_plugin.runs.demo import finite  # noqa: E402
 from sae_steering_plugin.runs.parts import collect  # noqa: E402
@@ -123,10 +129,38 @@ def run(plan: AxBenchPlan, judge: str, out: Path) -> dict[str, list[dict[str, An
     if not report.complete:
         raise RuntimeError(str(report))
     found = results_of(plan, collect(plan, out))
-    return {
+    ratings = open_ratings(judge, found.concepts)
+    tables = {
         title: [dict(row) for row in rows]
-        for title, rows in result_tables(plan, found, open_ratings(judge, found.concepts)).items()
+        for title, rows in result_tables(plan, found, ratings).items()
     }
+    found.write(out / "results", found.rated(ratings))
+    return {**tables, "AxBench's files, written and read back": checked(found, out / "results")}
+
+
+def checked(found: AxBenchResults, folder: Path) -> list[dict[str, Any]]:
+    """What AxBench's files hold, read back. Raises RuntimeError for a documented column or a
+    concept that a file lacks."""
+    import pandas as pd
+
+    rows = []
+    for kind, own in (("latent", found.latent), ("steering", found.steered)):
+        methods, count, lines = list(dict.fromkeys(own["method"])), 0, 0
+        for method in methods:
+            place = folder / f"{found.name}_{method}"
+            frame = pd.read_parquet(place / "inference" / f"{kind}_data.parquet")
+            count += len(frame)
+            if missing := missing_columns(frame, method, kind):
+                raise RuntimeError(f"{place} lacks the {kind} columns {missing}")
+            for mode in ("latent",) if kind == "latent" else ("steering", "steering_test"):
+                results = read_evaluation(place / "evaluate" / f"{mode}.jsonl")
+                lines += len(results)
+                concepts = set(own[own["method"] == method]["concept_id"])
+                named = {m for one in results.values() for values in one.values() for m in values}
+                if set(results) != concepts or named != {axbench_name(method)}:
+                    raise RuntimeError(f"{place}: {mode}.jsonl does not hold every concept")
+        rows.append({"kind": kind, "methods": len(methods), "rows": count, "lines": lines})
+    return rows
 
 
 def page(results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], quick: bool) -> str:
