@@ -17,6 +17,13 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker a core for the whole suite; none for a few files, where starting them costs more."""
+    if config.args_source is pytest.Config.ArgsSource.ARGS:
+        return 0
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def data_folder() -> Path | None:
     """The folder of shared data: `SAE_STEERING_DATA`, or `../shared/data` beside the checkout."""
     given = os.environ.get("SAE_STEERING_DATA")
