@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One worker a core for the whole suite; none for a few files, where starting them costs more."""
+    """One worker a core for the whole suite, none for single files (starting them costs more)."""
     if config.args_source is pytest.Config.ArgsSource.ARGS:
         return 0
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
