@@ -394,6 +394,10 @@ def select(
     support: Annotated[int, typer.Option(min=1, help="Texts that a concept needs.")] = 50,
     cut: Annotated[float, typer.Option(help="Least output score, with --variant full.")] = 1e-3,
     k: Annotated[int, typer.Option(min=1, help="Features kept per concept.")] = 5,
+    screened: Annotated[
+        Path | None,
+        typer.Option(help="Folder of sae-steer screen: its forecast chooses among equal features."),
+    ] = None,
     cut_texts: Annotated[
         bool, typer.Option("--cut-texts", help="Cut texts at the model's context.")
     ] = False,
@@ -441,11 +445,17 @@ def select(
         subject = open_subject(model, sae, device=device, dtype=dtype)
         if subject.sae is None:
             raise ValueError("selection needs a dictionary: pass --sae")
+        forecast = None
+        if screened is not None:
+            from sae_steering_plugin.runs.screening import Forecast
+
+            forecast = Forecast.load(screened)
         found = select_features(
             subject.model,
             subject.sae,
             data.texts,
             data.labels,
+            screen=forecast,
             groups=data.groups,
             variant=variant,
             score=score,

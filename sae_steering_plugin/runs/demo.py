@@ -37,14 +37,9 @@ from sae_steering_plugin.effects import compare, corrected
 from sae_steering_plugin.runs.collect import collect_contrast, encode_labelled
 from sae_steering_plugin.runs.contrast_files import ContrastFile, read_contrast_file
 from sae_steering_plugin.runs.contrast_outcomes import outcome_word, run_contrast
+from sae_steering_plugin.runs.demo_screen import demo_screen
 from sae_steering_plugin.runs.rollouts import Arm, random_vector, run_rollouts
-from sae_steering_plugin.runs.screen_job import (
-    Sizes,
-    contexts_for,
-    downstream_word,
-    open_downstream,
-)
-from sae_steering_plugin.runs.screening import screen
+from sae_steering_plugin.runs.screen_job import Sizes
 from sae_steering_plugin.runs.subject import Subject, open_subject, world_contrast
 from sae_steering_plugin.runs.transcripts import Rollouts
 from sae_steering_plugin.types import (
@@ -110,6 +105,7 @@ class Demo:
     `headline` are all methods at the chosen strength, `curve` the decoded probe at every strength
     and position rule, `controls` the random directions, `validation` what the strength was chosen
     from. `examples` are (item, unsteered text, steered text); `rollouts` is None without scenarios.
+    `side_effects` and `forecast_choice` are those of `demo_screen.DemoScreen`.
     """
 
     model: str
@@ -131,6 +127,7 @@ class Demo:
     notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     side_effects: tuple[dict[str, Any], ...] = ()
+    forecast_choice: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def best(self) -> Effect:
@@ -152,6 +149,7 @@ class Demo:
                 "dose_response": [row(one) for one in (*self.headline, *self.curve)],
                 "controls": [row(one) for one in self.controls],
                 "side_effects": list(self.side_effects),
+                "forecast_choice": dict(self.forecast_choice),
                 "selection": self.selection.rows(),
                 "settings": dict(self.settings),
                 "notes": list(self.notes),
@@ -272,20 +270,30 @@ def require_organism(model: str) -> None:
 # Vectors ----------------------------------------------------------------------------------------
 
 
-def build_vectors(
-    labelled: Labelled, sae: Any, *, trait: str, seed: int
-) -> tuple[dict[str, SteeringVector], Selection]:
-    """The vectors of one trait from the same examples, by method, and the ranked features.
-
-    A construction that finds nothing (an empty SAS vector) is left out with a warning.
-    """
-    codes = encode_labelled(sae, labelled)
+def ranked_features(codes: FiredCodes, labelled: Labelled, *, trait: str, seed: int) -> Selection:
+    """The features that are larger on the positive side, best first. ValueError without any."""
     selection = rank_features(codes, labelled.labels, labelled.groups, concept=trait, seed=seed)
     if not selection.features:
         raise ValueError(
             f"no feature of this SAE is larger on the positive side of {labelled.name!r}: check "
             "the contrast set, the site and the SAE"
         )
+    return selection
+
+
+def build_vectors(
+    labelled: Labelled,
+    sae: Any,
+    codes: FiredCodes,
+    selection: Selection,
+    *,
+    trait: str,
+    seed: int,
+) -> dict[str, SteeringVector]:
+    """The vectors of one trait from the same examples, by method; `selection` says which feature.
+
+    A construction that finds nothing (an empty SAS vector) is left out with a warning.
+    """
     made = {
         **{
             name: probe_vector(
@@ -303,7 +311,7 @@ def build_vectors(
         DIFF_MEAN: diff_mean_vector(labelled, label=f"{trait} DiffMean", seed=seed),
         PCA: pca_vector(labelled, label=f"{trait} PCA", seed=seed),
     }
-    return {name: one for name, one in made.items() if usable(name, one)}, selection
+    return {name: one for name, one in made.items() if usable(name, one)}
 
 
 TAUS = (0.7, 0.6, 0.5, 0.4, 0.3)
@@ -601,7 +609,11 @@ def agent_evidence(
     labelled = collect_contrast(
         subject.model, contrast, subject.sae, batch_size=64, progress=progress
     )
-    vectors, selection = build_vectors(labelled, subject.sae, trait=trait, seed=seed)
+    codes = encode_labelled(subject.sae, labelled)
+    ranked = ranked_features(codes, labelled, trait=trait, seed=seed)
+    screened = demo_screen(subject, ranked, budget.screen, seed=seed, progress=progress)
+    selection = screened.selection
+    vectors = build_vectors(labelled, subject.sae, codes, selection, trait=trait, seed=seed)
     sizes = {"validation": budget.validation, "test": budget.test}
     items = {
         split: subject.world.scenarios(n, split=split, seed=seed) for split, n in sizes.items()
@@ -647,7 +659,6 @@ def agent_evidence(
         sparse=sparse,
     )
     rollouts = joined(stages.test.values())
-    side_effects, selection = forecast(subject, selection, budget, seed=seed, progress=progress)
     return Demo(
         model=subject.name,
         sae=subject.sae_name,
@@ -669,39 +680,9 @@ def agent_evidence(
         versions=versions(),
         notes=stages.notes,
         settings=settings_of(budget, labelled, contrast, stages.vectors),
-        side_effects=side_effects,
+        side_effects=screened.axes,
+        forecast_choice=screened.choice,
     )
-
-
-def forecast(
-    subject: Subject, selection: Selection, budget: Budget, *, seed: int, progress: bool
-) -> tuple[tuple[dict[str, Any], ...], Selection]:
-    """A small screen of the agent's SAE: forecast against measured side effects on fresh contexts,
-    and the selection with the forecast score of its features (higher is cleaner).
-
-    Nothing for an SAE without a later one of the agent's own, or without features to screen.
-    """
-    device, dtype = str(subject.sae.W_dec.device), str(subject.sae.dtype).removeprefix("torch.")
-    try:
-        word = downstream_word(subject.name, subject.sae_name)
-    except ValueError:
-        return (), selection
-    later = open_downstream(subject, word, device=device, dtype=dtype)
-    known, fresh = contexts_for(subject, budget.screen, seed=seed)
-    found = screen(
-        subject.model,
-        subject.sae,
-        known,
-        fresh,
-        downstream=later,
-        n_features=budget.screen.features,
-        size=budget.screen.group,
-        seed=seed,
-        progress=progress,
-    )
-    scores = found.forecast_of(selection.features)
-    kept = {**selection.scores, "forecast_clean": tuple(scores[f] for f in selection.features)}
-    return found.axes, replace(selection, scores=kept)
 
 
 OUTCOME_OF_TRAIT = ("autonomy", "tool_use", "persistence", "risk", "deference")
@@ -761,7 +742,9 @@ def contrast_job(
     parts = split_contrast(whole, seed=seed)
     trait = file.name
     labelled = collect_contrast(subject.model, parts["train"], subject.sae, progress=progress)
-    vectors, selection = build_vectors(labelled, subject.sae, trait=trait, seed=seed)
+    codes = encode_labelled(subject.sae, labelled)
+    selection = ranked_features(codes, labelled, trait=trait, seed=seed)
+    vectors = build_vectors(labelled, subject.sae, codes, selection, trait=trait, seed=seed)
     outcome = outcome_word(whole, chat=file.chat, answers=bool(file.answers))
     kept = {"validation": budget.validation, "test": budget.test}
     items = {split: first_pairs(parts[split], n) for split, n in kept.items()}

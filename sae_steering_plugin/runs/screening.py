@@ -28,7 +28,7 @@ from ..effects.corrections import holm
 from ..effects.intervals import bootstrap, item_draws
 from ..effects.significance import mann_whitney
 from ..prediction.association import Association, association
-from ..prediction.predictors import fit_predictor, label_values
+from ..prediction.predictors import SideEffectPredictor, fit_predictor, label_values
 from ..prediction.screen import (
     BAND,
     GROUPS,
@@ -66,6 +66,31 @@ AXES = {"stability": "stability_abs", "spread": "count_per_effect", "clean": "cl
 
 
 @dataclass(frozen=True, eq=False)
+class Forecast:
+    """A fitted forecast with the statistics of all features: what a selection can ask."""
+
+    statistics: FeatureTable
+    score: SideEffectPredictor
+
+    def forecast_of(self, features: Sequence[int]) -> dict[int, float]:
+        """The forecast score of any features of the dictionary, steered or not; higher is cleaner.
+
+        NaN where a statistic is undefined. Nothing is steered.
+        """
+        table = self.score.predict(self.statistics.of(features)).table
+        return {int(f): float(v) for f, v in table[self.score.target].items()}
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Forecast:
+        """The forecast of a screen that was saved in `folder`."""
+        place = Path(folder)
+        return cls(
+            FeatureTable.from_parquet(place / "statistics.parquet"),
+            SideEffectPredictor.load(place / "forecast_score.safetensors"),
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Screen:
     """What a screen chose and what came of it.
 
@@ -83,12 +108,8 @@ class Screen:
     axes: tuple[dict[str, Any], ...]
 
     def forecast_of(self, features: Sequence[int]) -> dict[int, float]:
-        """The forecast score of any features of the dictionary, steered or not; higher is cleaner.
-
-        What a selection among equally good features can ask (NaN where a statistic is undefined).
-        """
-        table = self.groups.score.predict(self.statistics.of(features)).table
-        return {int(f): float(v) for f, v in table[self.groups.score.target].items()}
+        """The forecast score of any features of the dictionary, as `Forecast.forecast_of`."""
+        return Forecast(self.statistics, self.groups.score).forecast_of(features)
 
     def dictionary(self, sae: Any, group: str = "clean") -> SteeringDictionary:
         """A group's decoder rows as a SAELens dictionary, with measured stability and spread.
@@ -145,6 +166,7 @@ def screen(
     downstream: Any,
     features: Sequence[int] | None = None,
     n_features: int = 300,
+    without: Sequence[int] = (),
     size: int = 25,
     strength: float = 1.0,
     unit: str = "raw",
@@ -167,7 +189,8 @@ def screen(
 ) -> Screen:
     """Forecast which of `features` steer cleanly, and compare the forecast's groups on `fresh`.
 
-    `features` default to `n_features` of all firing rates between `lowest` and `highest`.
+    `features` default to `n_features` of all firing rates between `lowest` and `highest`. Features
+    in `without` are neither labelled nor pooled: what is then forecast of them is out of sample.
     "strict" labels and uses the training features alone; "paper" labels all and standardises the
     score over all. Groups hold `size` features (a third of the matched ones at most). With
     `whole_pool` all pool features are measured on fresh contexts, which gives the held-out rank
@@ -195,6 +218,7 @@ def screen(
     )
     if features is None:
         features = sample_features(survey, n_features, lowest=lowest, highest=highest, seed=seed)
+    features = [f for f in features if f not in set(without)]
     train, pool = split_features(features, train_share=train_share, seed=seed)
     if statistics is None:
         statistics = feature_statistics(model, sae, tokens, progress=progress)
@@ -338,4 +362,4 @@ def axis_rows(
     return out
 
 
-__all__ = ["Screen", "axis_rows", "group_differences", "screen"]
+__all__ = ["Forecast", "Screen", "axis_rows", "group_differences", "screen"]

@@ -28,8 +28,10 @@ from sae_steering_plugin.features.causal import CausalScores, rank_average
 from sae_steering_plugin.features.lens import LENS_TOKENS
 from sae_steering_plugin.features.pooled import PooledCodes
 from sae_steering_plugin.features.scores import PRIOR, ScoreTable, label_table, score_features
+from sae_steering_plugin.prediction.choice import Forecaster, cleanest_first, equally_good
 from sae_steering_plugin.runs.causal_scores import PROMPT, STRENGTH, output_scores
 from sae_steering_plugin.runs.collect import collect_labelled
+from sae_steering_plugin.runs.forecast_choice import Equals
 from sae_steering_plugin.runs.pooled_codes import collect_codes
 from sae_steering_plugin.runs.splits import SPLITS, checked_splits, grouped_splits, linked_groups
 from sae_steering_plugin.types import Selection, SteeringVector
@@ -40,6 +42,9 @@ CUT = 1e-3
 """Least output score of the causal variant (the same source). Absolute cuts do not carry over from
 one model to another: the final norm caps the score."""
 CANDIDATES, KEPT = 50, 5
+WITHIN = 0.02
+"""Features whose training score lies at most this far below the best one's are equally good to a
+screen's forecast."""
 DENSE = 0.5
 """A feature that fires on more tokens than this is flagged."""
 FEWEST_TOKENS = 16
@@ -71,6 +76,7 @@ class SelectedFeatures:
     sae_id: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    equals: Mapping[str, Equals] = field(default_factory=dict)
 
     @property
     def concepts(self) -> tuple[str, ...]:
@@ -205,6 +211,8 @@ def select_features(
     strength: float = STRENGTH,
     lens_k: int = LENS_TOKENS,
     starts: Sequence[int] = (),
+    screen: Forecaster | None = None,
+    within: float = WITHIN,
     prepend_bos: bool | None = None,
     cut_texts: bool = False,
     seed: int = 0,
@@ -221,6 +229,10 @@ def select_features(
     `order` ranks by that "score", by "output" score, or by "product", the average of both ranks.
     `prompt`, `strength` and `lens_k` are those of `output_scores`.
 
+    With a `screen` (see `screening.screen`; anything with `forecast_of`), features whose training
+    score is at most `within` below the best one's count as equally good, and among them the one
+    forecast to steer cleanest comes first; the score `forecast` holds the forecasts.
+
     Texts are split 60/20/20 with `groups` and repeated texts kept whole, or as `splits` says. The
     score, its threshold and a_max (largest code over training tokens without BOS) come from train;
     `validation_` and `test_` figures use the training threshold. The best of many candidates is
@@ -228,6 +240,8 @@ def select_features(
     and options that do not fit, and when no concept has `support` texts.
     """
     check_options(variant, score, order, pooling, candidates, k)
+    if screen is not None and order != "score":
+        raise ValueError(f"a screen chooses among equal scores: order is {order!r}, not 'score'")
     names, table, missing = usable_concepts(labels, len(texts), concepts, support=support)
     given = checked_splits(texts, splits) if splits else grouped_splits(texts, groups, seed=seed)
     rows = {s: torch.tensor([i for i, word in enumerate(given) if word == s]) for s in SPLITS}
@@ -264,13 +278,23 @@ def select_features(
             prepend_bos=prepend_bos,
             progress=progress,
         )
+    equals: dict[str, Equals] = {}
     for c in asked:
         ranked, why = filtered(c, best[c], scored, score, causal, cut=cut, order=order)
+        if ranked and screen is not None:
+            values = scored.scores(c, score).values[ranked].tolist()
+            equal = equally_good(ranked, values, within=within)
+            equals[c] = Equals(c, equal, screen.forecast_of(equal))
+            ranked = cleanest_first(ranked, equal, equals[c].forecast)
         best[c] = ranked[:k]
         if not ranked:
             missing[c] = why
     chosen = [c for c in asked if best[c]]
     figures = _figures(pooled, pooling, rows, column, scored, score, prior, causal, best, chosen)
+    if screen is not None:
+        for c in chosen:
+            forecast = screen.forecast_of(best[c])
+            figures[c]["forecast"] = tuple(forecast[f] for f in best[c])
     whole = [int(i) for i in rows["train"] if int(i) not in set(pooled[pooling].settings["cut"])]
     few = [texts[i] for i in whole[:NORM_TEXTS]]
     vectors = _vectors(model, sae, few, figures, best, len(rows["train"]), prepend_bos)
@@ -284,6 +308,7 @@ def select_features(
         "candidates": candidates,
         "cut": cut if causal is not None else None,
         "k": k,
+        "within": within if screen is not None else None,
         "seed": seed,
         "texts": len(texts),
         "splits": dict(Counter(given)),
@@ -292,6 +317,7 @@ def select_features(
         "model_name": model_name(model),
     }
     notes = _notes(texts, pooled, pooling, rows, score, prior, best, figures, missing)
+    notes += _screened(equals, within)
     return SelectedFeatures(
         selections={
             c: Selection(tuple(best[c]), figures[c], c, sae_id(sae), settings) for c in chosen
@@ -304,6 +330,7 @@ def select_features(
         sae_id=sae_id(sae),
         settings=settings,
         notes=tuple(notes),
+        equals=equals,
     )
 
 
@@ -528,6 +555,18 @@ def _vectors(
             found.append(vector.with_recipe(scores=held, n=n, unit="max_activation"))
         out[c] = tuple(found)
     return out
+
+
+def _screened(equals: Mapping[str, Equals], within: float) -> list[str]:
+    """How often the forecast had a choice, and how often it took another feature."""
+    if not equals:
+        return []
+    several = [one.chosen for one in equals.values() if len(one.features) > 1]
+    moved = sum(one["forecast"] != one["score"] for one in several)
+    return [
+        f"{len(several)} of {len(equals)} concepts have several features within {within:g} of the "
+        f"best score; for {moved} of them the forecast took another one than the score"
+    ]
 
 
 def _notes(

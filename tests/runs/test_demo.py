@@ -243,6 +243,23 @@ def test_the_main_job_compares_every_method_on_the_agent(agent):
     assert all(one.valid_rate >= 0 for one in agent.headline)
 
 
+def test_the_single_feature_is_the_one_forecast_cleanest_among_equals(agent):
+    single = next(one for one in agent.vectors if one.recipe.method == "feature")
+    taken = single.recipe.settings["feature"]
+    assert taken == agent.selection.features[0]
+    choice, scores = agent.forecast_choice, agent.selection.scores
+    best = max(scores["train_d"])
+    within = agent.selection.settings["equally_good_within"]
+    equal = [i for i, d in enumerate(scores["train_d"]) if d >= best - within]
+    assert equal == list(range(len(equal)))  # they come first
+    forecasts = [scores["forecast_clean"][i] for i in equal]
+    assert forecasts == sorted(forecasts, reverse=True)
+    if len(equal) > 1:
+        assert (choice["n_equal"], choice["by_forecast"]) == (len(equal), taken)
+        assert choice["contexts"] == TINY.screen.fresh
+    assert agent.summary()["forecast_choice"].keys() == choice.keys()
+
+
 def test_the_agents_records_hold_every_transcript_of_the_headline(agent, tmp_path):
     arms = agent.rollouts.names
     assert BASE in arms and len(arms) == 1 + len(agent.headline)

@@ -7,7 +7,7 @@ import torch
 from sae_steering_plugin.adapters.sae_lens import SteeringDictionary
 from sae_steering_plugin.adapters.steering import steer
 from sae_steering_plugin.prediction.predictors import SideEffectPredictor
-from sae_steering_plugin.runs.screening import METRICS, screen
+from sae_steering_plugin.runs.screening import METRICS, Forecast, screen
 from tests.hosts import tiny_bridge, tiny_sae, tokens_of_length
 
 SIZE = 3
@@ -116,6 +116,14 @@ def test_everything_is_written_and_read_back(strict, tmp_path):
     forecast = SideEffectPredictor.load(tmp_path / "forecast_score.safetensors")
     again = forecast.predict(strict.statistics.of(strict.groups.pool)).table["clean"]
     assert dict(again) == strict.groups.forecast
+    assert Forecast.load(tmp_path).forecast_of(strict.groups.pool) == strict.groups.forecast
+
+
+def test_features_kept_out_are_neither_labelled_nor_pooled(strict):
+    kept = (*strict.groups.train[:2], strict.groups.pool[0])
+    found = screened(without=kept)
+    assert not set(kept) & {*found.groups.pool, *found.labels.table["feature"]}
+    assert all(math.isfinite(v) for v in found.forecast_of(kept).values())
 
 
 def test_the_same_seed_gives_the_same_screen(strict):

@@ -218,3 +218,33 @@ def test_wrong_options_stop_before_the_model():
     ):
         with pytest.raises(ValueError, match=message):
             select_features(None, None, texts, {"x": [1, 1, 0, 0]}, **options)
+
+
+class Says:
+    """Forecasts as planted: these features are clean, the others are not, some have none."""
+
+    def __init__(self, clean, unknown=()):
+        self.clean, self.unknown = set(clean), set(unknown)
+
+    def forecast_of(self, features):
+        return {f: float("nan") if f in self.unknown else float(f in self.clean) for f in features}
+
+
+def test_a_forecast_chooses_among_features_of_equal_score_and_no_others():
+    p = planted()
+    found = selected(variant="interpretability", screen=Says(p.outputs))
+    assert first(found) == p.outputs  # without a forecast the tie goes to the inputs
+    chosen = found.selections["label 0"]
+    assert chosen.scores["forecast"] == (1.0, 0.0)
+    assert found.equals["label 0"].chosen["score"] == (p.inputs[0],)
+    assert any("for 6 of them the forecast took another one" in note for note in found.notes)
+    kept = selected(variant="interpretability", screen=Says(p.inputs, unknown=p.outputs))
+    assert first(kept) == p.inputs
+    # a random feature is far below the best score, so no forecast brings it up
+    poor = selected(variant="interpretability", screen=Says(p.random), candidates=30, k=20)
+    assert all(not {f} & set(p.random) for f in first(poor))
+
+
+def test_a_screen_goes_with_the_order_of_scores():
+    with pytest.raises(ValueError, match="a screen chooses among equal scores: order is 'output'"):
+        selected(order="output", screen=Says(()))
