@@ -231,3 +231,28 @@ def _tiny_rotary(model_class: Any, config_class: Any, n_ctx: int, seed: int, **o
         tokenizer=tiny_tokenizer(),
         device="cpu",
     )
+
+
+def tiny_qwen3(*, n_ctx: int = 64, seed: int = 0) -> Any:
+    """An SAETransformerBridge around a random Qwen 3: no biases, norms on queries and keys."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return _tiny_rotary(Qwen3ForCausalLM, Qwen3Config, n_ctx, seed, head_dim=8)
+
+
+def tiny_hooked_like(**options: Any) -> Any:
+    """A HookedSAETransformer of random weights, all biases among them, and any block shape."""
+    from sae_lens import HookedSAETransformer
+    from transformer_lens import HookedTransformerConfig
+
+    settings = dict(n_layers=2, d_model=D_MODEL, n_ctx=64, d_head=8, n_heads=2, d_mlp=32)
+    settings |= dict(act_fn="gelu", normalization_type="LN", seed=0, initializer_range=0.3)
+    config = HookedTransformerConfig(
+        **{**settings, "d_vocab": len(tiny_tokenizer()), "device": "cpu", **options}
+    )
+    model = HookedSAETransformer(config, tokenizer=tiny_tokenizer()).eval()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.rsplit(".", 1)[-1].startswith("b_"):
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return model
