@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
         training_hooks,
     )
     from .adapters.transformer_lens import load_model
+    from .adapters.weights import NotConvertible, carried_sites, residual_sites, to_bias_edit
     from .directions import (
         caa_vector,
         correlation_vector,
@@ -70,11 +71,14 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from .runs.choices import evaluate_choices
     from .runs.collect import collect_contrast, collect_labelled
     from .runs.contrast_files import read_contrast
+    from .runs.data_screening import preference_disparity, projection_difference
     from .runs.feature_effects import collect_effects
     from .runs.feature_statistics import coactivation, feature_statistics
     from .runs.feature_tables import decoder_geometry, logit_footprint
+    from .runs.gradient_statistics import gradient_statistics
     from .runs.judges import judge_agreement, open_judge
-    from .runs.learning import learning_report, update_report
+    from .runs.learning import learning_report, preference_report
+    from .runs.learning_record import GradientRecord
     from .runs.open_ended import evaluate_open_ended
     from .runs.outcome_correlation import collect_outcomes
     from .runs.probe_comparison import compare_probes, quiver_of_arrows
@@ -85,6 +89,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from .runs.selection import select_features
     from .runs.side_effects import measure_side_effects
     from .runs.steering_methods import ConceptData, find_method
+    from .runs.updates import update_report, weight_report
     from .runs.validation import validate_selection
     from .types import (
         AFTER_PROMPT,
@@ -122,6 +127,7 @@ _ROOMS: dict[str, str] = {
     "adapters.training_hooks": "ConceptAblation ConceptGradientEdit PreventativeSteering "
     "training_callback training_hooks",
     "adapters.transformer_lens": "load_model",
+    "adapters.weights": "to_bias_edit NotConvertible carried_sites residual_sites",
     "adapters.sae_lens": "SteeringDictionary load_sae",
     "organisms": "load_organism list_organisms",
     "prediction": "SideEffectPredictor cross_validate fit_predictor",
@@ -135,8 +141,12 @@ _ROOMS: dict[str, str] = {
     "runs.feature_effects": "collect_effects",
     "runs.feature_statistics": "coactivation feature_statistics",
     "runs.feature_tables": "decoder_geometry logit_footprint",
+    "runs.gradient_statistics": "gradient_statistics",
     "runs.judges": "open_judge judge_agreement",
-    "runs.learning": "learning_report update_report",
+    "runs.data_screening": "preference_disparity projection_difference",
+    "runs.learning": "learning_report preference_report",
+    "runs.learning_record": "GradientRecord",
+    "runs.updates": "update_report weight_report",
     "runs.open_ended": "evaluate_open_ended",
     "runs.outcome_correlation": "collect_outcomes",
     "runs.probe_comparison": "compare_probes quiver_of_arrows",

@@ -18,6 +18,7 @@ from torch import nn
 
 from sae_steering_plugin.adapters.learning import as_before
 from sae_steering_plugin.adapters.transformer_lens import Model, is_bridge, refuse_compiled
+from sae_steering_plugin.concepts.update import LowRankDelta
 
 ATTENTION_OUTPUT = (
     r"\.(?P<layer>\d+)\.(self_attn|attn|attention|linear_attn)\.(o|o_proj|out_proj|c_proj|dense)"
@@ -157,9 +158,35 @@ def projections_of(inner: Any, target: str) -> Iterator[tuple[str, int]]:
             yield name, int(found["layer"])
 
 
+def low_rank_deltas(model: Any, *, adapter: str = "default") -> dict[str, LowRankDelta]:
+    """What peft's LoRA layers add to each matrix `[in, out]`, in factors, by the matrix's name.
+
+    `model` is a `LowRankAdapter`, a `PeftModel`, or any module with peft layers in it. Raises
+    ValueError when it holds no LoRA layer of that name.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    if isinstance(model, LowRankAdapter):
+        named: list[tuple[str, Any]] = [(one.name, one.layer) for one in model.projections]
+    else:
+        named = [(plain_name(name), one) for name, one in model.named_modules()]
+    found = {
+        name: LowRankDelta(
+            one.lora_A[adapter].weight.detach().T,
+            one.lora_B[adapter].weight.detach().T,
+            float(one.scaling[adapter]),
+        )
+        for name, one in named
+        if isinstance(one, LoraLayer) and adapter in one.lora_A
+    }
+    if not found:
+        raise ValueError(f"{type(model).__name__} holds no LoRA layer named {adapter!r}")
+    return found
+
+
 def plain_name(name: str) -> str:
     """A module's name without the bridge's layers in between."""
     return name.replace("._original_component", "")
 
 
-__all__ = ["LowRankAdapter", "low_rank_adapter"]
+__all__ = ["LowRankAdapter", "low_rank_adapter", "low_rank_deltas"]

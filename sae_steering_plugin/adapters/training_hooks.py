@@ -11,11 +11,13 @@ and inside a Hugging Face `Trainer` (`training_callback`). Sources: CAFT, arXiv 
 (ablation); persona vectors, arXiv 2507.21509 (preventative steering); section 5 of
 shared/methods/gradient_projection (gradient edit, no paper has it). Editing a gradient suppresses a
 concept only where every path from trained weights to the loss passes the edited place; what leaks
-past it is measured by `runs.learning.Leak`.
+past it is measured by `runs.updates.Leak`, and what a loop teaches while it runs is recorded by
+`runs.learning_record.GradientRecord`, a hook of the same kind.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -37,7 +39,12 @@ from sae_steering_plugin.adapters.sae_parts import (
     site_names,
     whole_codes,
 )
-from sae_steering_plugin.adapters.transformer_lens import Model, refuse_compiled, resolve
+from sae_steering_plugin.adapters.transformer_lens import (
+    Model,
+    is_bridge,
+    refuse_compiled,
+    resolve,
+)
 from sae_steering_plugin.concepts.maps import ConceptBasis, concept_basis
 from sae_steering_plugin.types import SteeringVector, Unit
 
@@ -201,7 +208,9 @@ def training_hooks(
     """Put training-time hooks on a model for as long as the block lasts.
 
     Yields one `LiveHook` per hook, in order; hooks of one site act one after another. Everything is
-    taken off at the end, also after an exception. Raises RuntimeError for a compiled model and for
+    taken off at the end, also after an exception. The block belongs around forward *and* backward
+    (activation checkpointing runs the forward pass again), and not around an evaluation: a pass
+    without gradients warns. Raises RuntimeError for a compiled model and for
     a hook that never fired, ValueError where an SAE is attached at the site: its error term cuts
     the gradient (shared/methods/gradient_projection section 9).
     """
@@ -221,10 +230,21 @@ def training_hooks(
             one = LiveHook(hook, site.name)
             stack.callback(site.point.register_forward_hook(one).remove)
             live.append(one)
+        inner = model.original_model if is_bridge(model) else model
+        stack.callback(inner.register_forward_pre_hook(warn_without_gradients).remove)
         yield live
     silent = [one.site for one in live if not one.fired]
     if silent:
         raise RuntimeError(f"the training hook at {silent[0]!r} never fired: no forward pass ran")
+
+
+def warn_without_gradients(module: nn.Module, inputs: Any) -> None:  # noqa: ARG001
+    """Warn of a pass that nothing can learn from: an evaluation belongs outside the block."""
+    if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        warnings.warn(
+            "a forward pass without gradients ran under training hooks: evaluate outside the block",
+            stacklevel=2,
+        )
 
 
 def training_callback(model: Model, hooks: TrainingHook | Sequence[TrainingHook]) -> Any:

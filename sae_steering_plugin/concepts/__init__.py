@@ -2,17 +2,21 @@
 
 from .gradient import GradientSums
 from .maps import ConceptBasis, concept_basis, edited, scale_map
-from .update import lora_write, moved_along, read_share, unit_rows, write_share
+from .screening import disparity, shift_along
+from .update import LowRankDelta, lora_write, moved_along, read_share, unit_rows, write_share
 
 __all__ = [
     "ConceptBasis",
     "GradientSums",
+    "LowRankDelta",
     "concept_basis",
+    "disparity",
     "edited",
     "lora_write",
     "moved_along",
     "read_share",
     "scale_map",
+    "shift_along",
     "unit_rows",
     "write_share",
 ]

@@ -6,9 +6,31 @@ Orientation is TransformerLens's: a matrix is `[in, out]`, so what it adds to th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankDelta:
+    """A change `scale * down @ up` of a matrix `[in, out]`, kept in factors."""
+
+    down: Float[Tensor, "in rank"]
+    up: Float[Tensor, "rank out"]
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the change itself."""
+        return self.down.shape[0], self.up.shape[1]
+
+    @property
+    def square(self) -> float:
+        """|change|^2 = tr(down' down up up') scale^2, without the product."""
+        gram = self.down.double().T @ self.down.double()
+        return self.scale**2 * float((gram * (self.up.double() @ self.up.double().T)).sum())
 
 
 def unit_rows(rows: Float[Tensor, "latent d_model"]) -> Float[Tensor, "latent d_model"]:
@@ -40,20 +62,16 @@ def read_share(
 
 
 def lora_write(
-    down: Float[Tensor, "in rank"],
-    up: Float[Tensor, "rank d_model"],
-    rows: Float[Tensor, "latent d_model"],
-    *,
-    scale: float = 1.0,
+    delta: LowRankDelta, rows: Float[Tensor, "latent d_model"]
 ) -> tuple[Float[Tensor, " latent"], Float[Tensor, " latent"]]:
-    """`write_share` of scale * down @ up, without forming that matrix.
+    """`write_share` of a low-rank change, without forming it.
 
-    |down v|^2 = v' (down' down) v for v = up d, and |down up|^2 = tr(down' down up up').
+    |down v|^2 = v' (down' down) v for v = up d.
     """
-    gram = down.double().T @ down.double()
-    inner = up.double() @ unit_rows(rows).T
-    sizes = abs(scale) * ((gram @ inner) * inner).sum(dim=0).clamp_min(0).sqrt()
-    whole = scale**2 * float((gram * (up.double() @ up.double().T)).sum())
+    gram = delta.down.double().T @ delta.down.double()
+    inner = delta.up.double() @ unit_rows(rows).T
+    sizes = abs(delta.scale) * ((gram @ inner) * inner).sum(dim=0).clamp_min(0).sqrt()
+    whole = delta.square
     return sizes, sizes**2 / whole if whole else torch.zeros_like(sizes)
 
 

@@ -1,7 +1,8 @@
-"""What a model is about to learn from texts, and what it did learn, in the concepts of an SAE.
+"""What a model is about to learn from texts, in the concepts of an SAE.
 
-`learning_report` reads the gradient of a loss at the SAE's hook point; `update_report` compares a
-model with itself after training; `Leak` follows edited concepts while training goes on. Source:
+`learning_report` reads the gradient of a loss at the SAE's hook point, `preference_report` does so
+for pairs of a chosen and a rejected text. What a finished update did is in `runs.updates`; a report
+of a training loop while it runs, in `runs.learning_record`. Source:
 shared/methods/gradient_projection (the identities; no paper states the report).
 """
 
@@ -20,7 +21,6 @@ from tqdm.auto import tqdm
 
 from sae_steering_plugin.adapters.activations import (
     TokenBatch,
-    activations_at,
     bos_policy,
     encode_texts,
     padded,
@@ -31,23 +31,19 @@ from sae_steering_plugin.adapters.sae_lens import sae_id
 from sae_steering_plugin.adapters.sae_parts import site_names, whole_codes
 from sae_steering_plugin.adapters.training_hooks import linear_decoder
 from sae_steering_plugin.adapters.transformer_lens import Model, refuse_compiled, resolve
-from sae_steering_plugin.concepts import GradientSums, moved_along, unit_rows
+from sae_steering_plugin.concepts import GradientSums
 from sae_steering_plugin.runs.collect import require_fit
-from sae_steering_plugin.types import escaped
+from sae_steering_plugin.runs.learning_losses import (
+    BETA,
+    Loss,
+    next_token_loss,
+    preference_loss,
+    single,
+)
+from sae_steering_plugin.types import Contrast, escaped
 
 MIN_ACTIVE = 0.01
 """A latent is ranked when it fires at this share of the positions; others may be `emerging`."""
-
-Loss = Callable[[Float[Tensor, "batch pos d_vocab"], TokenBatch], Tensor]
-"""Logits and the batch's tokens to one number, a sum over what is counted (not a mean)."""
-
-
-def next_token_loss(logits: Float[Tensor, "batch pos d_vocab"], batch: TokenBatch) -> Tensor:
-    """Cross-entropy of every real token given those before it, in nats, summed over the batch."""
-    targets = batch.tokens[:, 1:].to(logits.device)
-    counted = (batch.real[:, 1:] & batch.real[:, :-1]).to(logits.device)
-    chance = torch.log_softmax(single(logits[:, :-1]), dim=-1)
-    return -chance.gather(-1, targets[..., None])[..., 0][counted].sum()
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,6 +290,39 @@ def learning_report(
     return reports if isinstance(saes, Sequence) else reports[sites[0]]
 
 
+def preference_report(
+    model: Model,
+    saes: Any,
+    contrast: Contrast,
+    *,
+    beta: float = BETA,
+    reference: Model | None = None,
+    batch_size: int = 8,
+    **options: Any,
+) -> Any:
+    """A learning report of DPO on pairs: `contrast.positive` is chosen, `contrast.negative` not.
+
+    The sides are summed apart (`table("chosen")`, `compare("chosen", "rejected")`), because their
+    gradients point opposite ways and their sum hides both. Text 2i is the chosen and 2i + 1 the
+    rejected one of pair i. `options` are those of `learning_report`. Raises ValueError for a
+    contrast without pairs, an odd batch size, and as `preference_loss`.
+    """
+    if not contrast.paired:
+        raise ValueError("preferences need pairs: this contrast holds two lists apart")
+    if batch_size % 2:
+        raise ValueError(f"batch_size is {batch_size}: pairs need an even one")
+    pairs = zip(contrast.positive, contrast.negative, strict=True)
+    return learning_report(
+        model,
+        saes,
+        [text for pair in pairs for text in pair],
+        groups=["chosen", "rejected"] * len(contrast.positive),
+        loss=preference_loss(beta=beta, reference=reference),
+        batch_size=batch_size,
+        **options,
+    )
+
+
 def together(by_source: Mapping[str, GradientSums], sources: Sequence[str]) -> GradientSums:
     """The sums of all sources, what is kept per text back in the order of the texts."""
     whole = reduce(GradientSums.merge, by_source.values())
@@ -336,11 +365,6 @@ def gradients(
     return float(value.detach()), out
 
 
-def single(x: Tensor) -> Tensor:
-    """`x` in float32, or as it is when that is finer."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 @contextmanager
 def captured(model: Model, sites: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Keep what flows past each site in the graph; the first one to come is made a leaf."""
@@ -348,6 +372,8 @@ def captured(model: Model, sites: Sequence[str]) -> Iterator[dict[str, Tensor]]:
 
     def keep(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:  # noqa: ARG001
+            if name in seen:  # a second pass, of a loss that asks the model again
+                return output
             flowing = output if seen else output.detach().requires_grad_(True)
             seen[name] = flowing
             return flowing
@@ -364,161 +390,3 @@ def captured(model: Model, sites: Sequence[str]) -> Iterator[dict[str, Tensor]]:
                 )
             stack.callback(site.point.register_forward_hook(keep(name)).remove)
         yield seen
-
-
-# Finished updates -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class UpdateReport:
-    """What changed at an SAE's site between two models on the same texts; see `update_report`.
-
-    Columns of `table`: `moved` (mean change of the activation along the unit row, residual units),
-    `code_change` (mean change of the code), `rate_before`, `rate_after` (share of positions that
-    fire). `error_before` and `error_after` are shares of variance the SAE leaves unexplained: when
-    the second is much larger, the SAE no longer fits.
-    """
-
-    table: Any
-    hook_name: str
-    mean_change: Float[Tensor, " d_model"]
-    error_before: float
-    error_after: float
-    n_positions: int
-
-    @property
-    def size(self) -> float:
-        """Length of the mean change, residual units."""
-        return float(self.mean_change.norm())
-
-    def top(self, k: int = 20, by: str = "moved") -> Any:
-        order = self.table[by].abs().sort_values(ascending=False, kind="stable").index
-        return self.table.loc[order].head(k).reset_index(drop=True)
-
-    def _repr_html_(self) -> str:
-        head = (
-            f"{self.n_positions} positions at {self.hook_name}; mean change {self.size:.3g}; "
-            f"variance the SAE leaves out: {self.error_before:.1%} before, {self.error_after:.1%} "
-            "after"
-        )
-        body = self.top(10).to_html(index=False, float_format="%.4g")
-        return f"<p>{escaped(head)}</p>{body}"
-
-
-def update_report(
-    before: Model,
-    after: Model,
-    sae: Any,
-    texts: Sequence[str],
-    *,
-    max_tokens: int | None = None,
-    prepend_bos: bool | None = None,
-    batch_size: int = 16,
-) -> UpdateReport:
-    """Activations and codes of the same texts in two models, both read by the base model's SAE.
-
-    `before` and `after` may be one object whose weights change in between only if its activations
-    were kept: pass two models. A LoRA delta or a single matrix needs no model: `lora_write`,
-    `write_share`, `read_share`. Raises ValueError when the two tokenise differently.
-    """
-    first = kept_activations(before, sae, texts, max_tokens, prepend_bos, batch_size)
-    second = kept_activations(after, sae, texts, max_tokens, prepend_bos, batch_size)
-    return changed(first, second, sae)
-
-
-def kept_activations(
-    model: Model,
-    sae: Any,
-    texts: Sequence[str],
-    max_tokens: int | None,
-    prepend_bos: bool | None,
-    batch_size: int,
-) -> Float[Tensor, "pos d_model"]:
-    """Activations of all counted positions of the texts at the SAE's site."""
-    bos = bos_policy(model, sae, prepend_bos)
-    encoded = encode_texts(model, texts, prepend_bos=bos, max_tokens=max_tokens)
-    found = []
-    for start in range(0, len(encoded), batch_size):
-        batch = padded(model, encoded[start : start + batch_size])
-        x = activations_at(model, site_names(sae)[0], batch)
-        found.append(x[batch.counted.to(x.device)].cpu())
-    return torch.cat(found)
-
-
-def changed(
-    first: Float[Tensor, "pos d_model"], second: Float[Tensor, "other d_model"], sae: Any
-) -> UpdateReport:
-    """The report of two sets of activations at the same positions."""
-    import pandas as pd
-
-    if first.shape != second.shape:
-        raise ValueError(
-            f"activations of {tuple(first.shape)} and {tuple(second.shape)}: both models must "
-            "tokenise the texts alike"
-        )
-    rows, bias = linear_decoder(sae)
-    sums: list[tuple[Tensor, Tensor]] = []
-    errors = []
-    for x in (first, second):
-        code, fires, left = torch.zeros(len(rows)), torch.zeros(len(rows)), 0.0
-        for start in range(0, len(x), 1024):
-            block = x[start : start + 1024]
-            with torch.no_grad():
-                z = whole_codes(sae, block[:, None])[:, 0].cpu()
-            code += z.sum(0)
-            fires += (z != 0).sum(0)
-            left += float((block - z @ rows - bias).square().sum())
-        sums.append((code / len(x), fires / len(x)))
-        errors.append(left / float((x - x.mean(0)).square().sum()))
-    table = pd.DataFrame(
-        {
-            "latent": range(len(rows)),
-            "moved": moved_along(first, second, rows),
-            "code_change": (sums[1][0] - sums[0][0]).double(),
-            "rate_before": sums[0][1].double(),
-            "rate_after": sums[1][1].double(),
-        }
-    )
-    mean = (second.double() - first.double()).mean(0).float()
-    return UpdateReport(table, site_names(sae)[0], mean, errors[0], errors[1], len(first))
-
-
-@dataclass(eq=False)
-class Leak:
-    """Follows how far chosen concepts move while a model is trained, edits or not.
-
-    Made before training; `measure(step)` after some steps. Each record holds the mean movement
-    along every latent's unit row (residual units) and `share`, the part of the mean change that
-    lies in their span. A suppressed concept that moves all the same has leaked.
-    """
-
-    model: Model
-    sae: Any
-    latents: Sequence[int]
-    texts: Sequence[str]
-    batch_size: int = 16
-    records: list[dict[str, float]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._rows = unit_rows(linear_decoder(self.sae)[0][list(self.latents)])
-        self._start = self._now()
-
-    def measure(self, step: int) -> dict[str, float]:
-        """One record: the movement since the start."""
-        change = (self._now().double() - self._start.double()).mean(0)
-        basis = torch.linalg.qr(self._rows.T).Q
-        size = float(change.norm())
-        record = {"step": float(step), "size": size}
-        for latent, value in zip(self.latents, (self._rows @ change).tolist(), strict=True):
-            record[f"latent {latent}"] = value
-        record["share"] = float((basis.T @ change).norm()) / size if size else 0.0
-        self.records.append(record)
-        return record
-
-    def table(self) -> Any:
-        import pandas as pd
-
-        return pd.DataFrame(self.records)
-
-    def _now(self) -> Tensor:
-        return kept_activations(self.model, self.sae, self.texts, None, None, self.batch_size)

@@ -1,5 +1,8 @@
 """Training-time hooks on both hosts: exact values, exact gradients, nothing left behind."""
 
+import warnings
+from contextlib import ExitStack
+
 import pytest
 import torch
 
@@ -14,7 +17,7 @@ from sae_steering_plugin.adapters.training_hooks import (
 from sae_steering_plugin.adapters.transformer_lens import resolve
 from sae_steering_plugin.concepts import concept_basis, edited
 from sae_steering_plugin.types import Recipe, SteeringVector
-from tests.hosts import D_MODEL, SITE, tiny_bridge, tiny_sae, tokens_of_length
+from tests.hosts import D_MODEL, SITE, tiny_bridge, tiny_hooked, tiny_sae, tokens_of_length
 
 TOKENS = tokens_of_length(3, 7)
 
@@ -116,9 +119,71 @@ def test_ablation_equals_projecting_out_and_steering_equals_adding(host):
         (ConceptAblation(sae, latents), lambda x: x - (x @ q) @ q.T),
         (PreventativeSteering(vector, 0.5, "raw"), lambda x: x + 0.5 * vector.vector),
     ):
-        with training_hooks(host, hook), torch.no_grad():
+        with training_hooks(host, hook):
             found = host(TOKENS)
         assert torch.allclose(found, by_hand(change), atol=1e-5)
+
+
+def test_an_evaluation_inside_the_block_warns(host):
+    with (
+        training_hooks(host, ConceptAblation(tiny_sae(), [3])),
+        pytest.warns(UserWarning, match="evaluate outside the block"),
+        torch.no_grad(),
+    ):
+        host(TOKENS)
+    with torch.no_grad():
+        host(TOKENS)  # the warning went with the block
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_hooks_act_in_the_recomputation_of_a_checkpointed_pass(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    model, sae = tiny_hooked(), tiny_sae()
+    edit = ConceptGradientEdit(sae, {3: 0.0, 8: 2.0})
+    _, _, plain = gradients_of(model)
+    _, _, expected = gradients_of(model, [edit])
+    model.zero_grad()
+    asks = torch.ones(1, requires_grad=True)  # the reentrant form needs an input that asks
+    with warnings.catch_warnings(), training_hooks(model, edit) as (live,):
+        warnings.simplefilter("ignore")  # its first pass runs without gradients
+        checkpoint(lambda one: loss_of(model) * one, asks, use_reentrant=reentrant).backward()
+    assert live.fired == 2
+    found = {name: p.grad for name, p in model.named_parameters()}
+    moved = 0.0
+    for name, grad in expected.items():
+        if grad is not None:
+            assert torch.allclose(found[name], grad, atol=1e-6), name
+            moved = max(moved, float((grad - plain[name]).abs().max()))
+    assert moved > 1e-3
+
+
+def test_a_low_rank_adapter_learns_through_the_edit(bridge):
+    """peft's matrices below the site get the edited gradient; those above are not touched."""
+    pytest.importorskip("peft", reason="peft is not installed: pip install .[lora]")
+    from sae_steering_plugin.adapters.peft import low_rank_adapter
+
+    sae = tiny_sae()
+    adapter = low_rank_adapter(bridge, rank=2, alpha=4, dropout=0.0)
+    with torch.no_grad():
+        for one in adapter.parameters():
+            one.copy_(0.1 * torch.randn(one.shape, generator=torch.Generator().manual_seed(3)))
+
+    def learned(*hooks):
+        for one in adapter.parameters():
+            one.grad = None
+        with adapter.applied(learning=True), ExitStack() as stack:
+            if hooks:
+                stack.enter_context(training_hooks(bridge, hooks))
+            loss_of(bridge).backward()
+        return [one.grad.clone() for one in adapter.parameters()]
+
+    plain = learned()
+    edited_ = learned(ConceptGradientEdit(sae, {j: 0.0 for j in range(8)}))
+    layers = [int(name.split(".")[2]) for name in adapter.names for _ in range(2)]
+    assert sorted(set(layers)) == [0, 1]
+    for layer, before, after in zip(layers, plain, edited_, strict=True):
+        assert torch.equal(before, after) == (layer == 1)
 
 
 def test_only_marked_positions_and_examples_are_edited(host):

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from sae_steering_plugin.concepts import lora_write, moved_along, read_share, write_share
+from sae_steering_plugin.concepts import (
+    LowRankDelta,
+    lora_write,
+    moved_along,
+    read_share,
+    write_share,
+)
 
 
 def test_shares_over_an_orthonormal_basis_sum_to_one():
@@ -17,15 +23,18 @@ def test_shares_over_an_orthonormal_basis_sum_to_one():
 
 def test_a_lora_delta_equals_the_dense_one():
     down, up, rows = torch.randn(9, 2), torch.randn(2, 6), torch.randn(11, 6)
-    for dense, low in zip(
-        write_share(0.5 * down @ up, rows), lora_write(down, up, rows, scale=0.5), strict=True
-    ):
-        assert torch.allclose(dense, low, atol=1e-6)
+    delta = LowRankDelta(down, up, -0.5)
+    dense = write_share(-0.5 * down @ up, rows)
+    for one, low in zip(dense, lora_write(delta, rows), strict=True):
+        assert torch.allclose(one, low, atol=1e-6)
+    assert delta.shape == (9, 6)
+    assert delta.square == pytest.approx(float((0.5 * down @ up).square().sum()), rel=1e-5)
 
 
 def test_an_empty_delta_has_no_share():
+    empty = LowRankDelta(torch.zeros(3, 1), torch.zeros(1, 4))
     assert float(write_share(torch.zeros(3, 4), torch.randn(2, 4))[1].abs().max()) == 0.0
-    assert float(lora_write(torch.zeros(3, 1), torch.zeros(1, 4), torch.randn(2, 4))[1].max()) == 0
+    assert float(lora_write(empty, torch.randn(2, 4))[1].max()) == 0
 
 
 def test_movement_is_the_mean_change_along_the_unit_row():
