@@ -1,6 +1,12 @@
 """What is known of the features of a dictionary, and which of them belong to a concept."""
 
-from .causal import CausalScores, input_score, rank_average
+from .causal import (
+    CausalScores,
+    generation_success,
+    input_score,
+    rank_average,
+    successful_factor,
+)
 from .labels import label_features
 from .lens import Lens
 from .pooled import PooledCodes
@@ -15,9 +21,11 @@ __all__ = [
     "Probes",
     "ScoreTable",
     "fit_probes",
+    "generation_success",
     "input_score",
     "label_features",
     "rank_average",
     "score_features",
+    "successful_factor",
     "top_k_accuracy",
 ]

@@ -1,4 +1,4 @@
-"""What a feature detects and what it causes: input score, output score, change of confidence.
+"""What a feature detects and what it causes: input and output score, confidence, success.
 
 Pure arithmetic on tokens and next-token distributions; the forward passes are in
 `runs.causal_scores`. Sources: Arad, Mueller, Belinkov, arXiv 2505.20063 (input and output score);
@@ -8,10 +8,11 @@ shared/methods/causal_feature_scores, sections 3 and 7.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,6 +21,10 @@ from .lens import Lens
 
 FEWEST_TEXTS, MOST_TEXTS = 20, 100
 """Texts a feature must fire in for an input score, and how many are counted (paper; code: 10)."""
+
+
+MOST_SUCCESS = 3.0
+"""Lens tokens per text from which a factor counts as degenerate repetition (arXiv 2505.20063)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +70,39 @@ def lens_probability(
     best = p.gather(1, tokens).amax(1)
     rank = (p > best[:, None]).sum(1).double()
     return (1 - rank / logp.shape[1]) * best
+
+
+def generation_success(
+    texts: Sequence[Int[Tensor, " new"]], tokens: Int[Tensor, " k"]
+) -> Float[Tensor, " text"]:
+    """GenSuccess@k: how many of each text's generated tokens are among a feature's lens tokens.
+
+    A count, not a share: texts of one length compare. Where features were chosen by their output
+    score it is circular (the same tokens): choose with it, and report with a learned lexicon.
+    Source: arXiv 2505.20063, section 3.5 of the notes.
+    """
+    counts = [int(torch.isin(text, tokens).sum()) for text in texts]
+    return torch.tensor(counts, dtype=torch.float64)
+
+
+def successful_factor(
+    success: Sequence[float], perplexity: Sequence[float], *, most: float = MOST_SUCCESS
+) -> int:
+    """The place of the factor with the most success per perplexity, each as a share of its largest.
+
+    argmax (success / max success) / (perplexity / max perplexity) over factors whose success is at
+    most `most`; the first on ties, so the gentlest where nothing succeeds. Raises ValueError for
+    perplexities that are not positive and LookupError when every factor is beyond `most`.
+    Source: arXiv 2505.20063.
+    """
+    found, cost = (np.asarray(v, dtype=np.float64) for v in (success, perplexity))
+    if len(found) != len(cost) or not (cost > 0).all():
+        raise ValueError("one positive perplexity per factor is needed")
+    usable = found <= most
+    if not usable.any():
+        raise LookupError(f"at every factor more than {most:g} lens tokens are written per text")
+    # Both maxima are common to all factors, so they do not move the argmax.
+    return int(np.argmax(np.where(usable, found / cost, -np.inf)))
 
 
 def confidence(logp: Float[Tensor, "row d_vocab"], k: int = 1) -> Float[Tensor, " row"]:

@@ -211,6 +211,8 @@ def select_features(
     strength: float = STRENGTH,
     lens_k: int = LENS_TOKENS,
     starts: Sequence[int] = (),
+    codes: Mapping[str, PooledCodes] | None = None,
+    causal: CausalScores | None = None,
     screen: Forecaster | None = None,
     within: float = WITHIN,
     prepend_bos: bool | None = None,
@@ -227,7 +229,9 @@ def select_features(
     (firing frequency by default: it favours dense features less than max, but is itself sensitive
     to sparsity; run comparisons of dictionaries with "mean" too). Among the best `candidates`,
     `order` ranks by that "score", by "output" score, or by "product", the average of both ranks.
-    `prompt`, `strength` and `lens_k` are those of `output_scores`.
+    `prompt`, `strength` and `lens_k` are those of `output_scores`. `codes` (of `collect_codes` on
+    these texts, with `needed_poolings(pooling)`) and `causal` spare their passes where they are at
+    hand.
 
     With a `screen` (see `screening.screen`; anything with `forecast_of`), features whose training
     score is at most `within` below the best one's count as equally good, and among them the one
@@ -246,17 +250,18 @@ def select_features(
     given = checked_splits(texts, splits) if splits else grouped_splits(texts, groups, seed=seed)
     rows = {s: torch.tensor([i for i, word in enumerate(given) if word == s]) for s in SPLITS}
     asked = [c for c in names if c not in missing]
-    pooled = collect_codes(
+    pooled = codes or collect_codes(
         model,
         sae,
         texts,
-        poolings=tuple(dict.fromkeys((pooling, "frequency", "max"))),
+        poolings=needed_poolings(pooling),
         starts=starts,
         prepend_bos=prepend_bos,
         cut=cut_texts,
         batch_size=batch_size,
         progress=progress,
     )
+    check_codes(pooled, needed_poolings(pooling), len(texts), sae)
     column = {name: table[:, i] for i, name in enumerate(names)}
     asked = [c for c in asked if _both(column[c][rows["train"]], c, missing)]
     if not asked:
@@ -266,8 +271,9 @@ def select_features(
         c: [f for f in scored.top(c, score, candidates) if _worth(scored, c, score, f)]
         for c in asked
     }
-    causal = None
-    if VARIANTS[variant]:
+    if not VARIANTS[variant]:
+        causal = None
+    elif causal is None:
         causal = output_scores(
             model,
             sae,
@@ -332,6 +338,23 @@ def select_features(
         notes=tuple(notes),
         equals=equals,
     )
+
+
+def needed_poolings(*poolings: str) -> tuple[str, ...]:
+    """What selection by these poolings reads: density and a_max come from two more."""
+    return tuple(dict.fromkeys((*poolings, "frequency", "max")))
+
+
+def check_codes(codes: Mapping[str, PooledCodes], needed: Sequence[str], n: int, sae: Any) -> None:
+    """Raise ValueError for codes that lack a pooling, or are of other texts or another SAE."""
+    for name in needed:
+        if name not in codes:
+            raise ValueError(f"codes lack the pooling {name!r}; they hold {', '.join(codes)}")
+        if len(codes[name]) != n or codes[name].sae_id != sae_id(sae):
+            raise ValueError(
+                f"codes are of {len(codes[name])} texts in {codes[name].sae_id!r}, and asked for "
+                f"are {n} texts in {sae_id(sae)!r}"
+            )
 
 
 def check_options(

@@ -47,6 +47,11 @@ METHODS: dict[str, SteeringMethod] = {
                 ("supervised_output", supervised.SupervisedSettings(order="output")),
             )
         ),
+        SteeringMethod(
+            "supervised_chosen",
+            supervised.supervised_chosen("supervised_chosen"),
+            supervised.ChosenSettings(),
+        ),
     )
 }
 

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +10,11 @@ from sae_steering_plugin.features.causal import (
     CausalScores,
     Peaks,
     confidence,
+    generation_success,
     input_score,
     lens_probability,
     rank_average,
+    successful_factor,
 )
 from sae_steering_plugin.features.lens import top_tokens
 
@@ -95,3 +98,19 @@ def test_both_forms_of_the_output_score_are_kept():
     assert (table.output_score_unsubtracted - table.base_term == table.output_score).all()
     with pytest.raises(KeyError, match="feature 5 has no causal scores"):
         scores.of(5)
+
+
+def test_success_counts_lens_tokens_and_the_factor_is_the_best_share_per_perplexity():
+    texts = [torch.tensor([5, 5, 1]), torch.tensor([2, 3, 4]), torch.tensor([], dtype=torch.long)]
+    assert generation_success(texts, torch.tensor([5, 4])).tolist() == [2.0, 1.0, 0.0]
+    success, perplexity = [0.5, 1.0, 2.0, 9.0], [2.0, 3.0, 12.0, 10.0]
+    shares = [
+        (s / max(success)) / (p / max(perplexity)) for s, p in zip(success, perplexity, strict=True)
+    ]
+    assert successful_factor(success, perplexity, most=10.0) == int(np.argmax(shares)) == 3
+    assert successful_factor(success, perplexity) == 1  # 9 lens tokens per text is repetition
+    assert successful_factor([0.0, 0.0], [4.0, 3.0]) == 0  # nothing succeeds: the gentlest
+    with pytest.raises(LookupError, match="more than 3 lens tokens are written per text"):
+        successful_factor([4.0, 5.0], [1.0, 1.0])
+    with pytest.raises(ValueError, match="one positive perplexity per factor"):
+        successful_factor([1.0], [0.0])

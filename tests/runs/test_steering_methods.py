@@ -27,8 +27,9 @@ BRIEF = {
     "reft_r1": dict(schedule=Schedule(6, 1, 8, 0.05, clip=1.0)),
     "loreft": dict(schedule=Schedule(6, 1, 8, 0.02), rank=2),
     "lora": dict(schedule=Schedule(6, 1, 10, 0.02), dropout=0.1),
+    "supervised_chosen": dict(pooling=("max",), order=("score",), strengths=(1.0,), controls=2),
 }
-"""Schedules for a model of two layers."""
+"""Schedules and grids for a model of two layers."""
 
 
 def texts(n: int, *, having: bool, seed: int):

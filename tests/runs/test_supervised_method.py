@@ -47,3 +47,22 @@ def test_all_texts_but_two_distinct_ones_choose():
     assert found == ["train", "train", "train", "validation", "test"]
     with pytest.raises(ValueError, match="three texts at least, two of them different"):
         nearly_all_train(["a", "a", "a"])
+
+
+def test_options_are_chosen_on_held_out_training_texts_and_said_in_the_recipe(subject):
+    more = [" and" * (i % 3) for i in range(24)]
+    data = ConceptData(
+        "cats",
+        tuple((f"say {i}", f"the cat sat on the mat{one}") for i, one in enumerate(more)),
+        tuple((f"say {i}", f"a dog ran in the park{one}") for i, one in enumerate(more)),
+    )
+    grid = {"prior": (1e-2,), "pooling": ("max", "mean"), "cut": (0.0, 1e-9), "order": ("score",)}
+    method = find_method("supervised_chosen", **grid, strengths=(1.0,), controls=2)
+    found = method.fit(subject, data, seed=0).vector.recipe
+    assert found.settings["combinations"] == 4
+    assert all(found.settings[name] in values for name, values in grid.items())
+    assert found.settings["validation_gain"] == found.settings["validation_gain"]
+    few = method.fit(subject, DATA, seed=0).vector.recipe.settings  # too few prompts to choose on
+    assert few["combinations"] == 0 and [few[name] for name in grid] == [
+        v[0] for v in grid.values()
+    ]

@@ -7,7 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..selection import CANDIDATES, CUT, SUPPORT, VARIANTS, select_features
+from ..axbench.texts import ChatForm
+from ..option_choice import choose_options
+from ..pooled_codes import collect_codes
+from ..selection import CANDIDATES, CUT, SUPPORT, VARIANTS, needed_poolings, select_features
+from ..splits import grouped_splits
 from ..subject import Subject
 from .features import Chosen, by_row, prefix_end
 from .records import ConceptData, Fitted
@@ -31,7 +35,25 @@ class SupervisedSettings:
             raise ValueError(f"variant is {self.variant!r}; choose one of {', '.join(VARIANTS)}")
 
 
-Build = Callable[[Subject, ConceptData, SupervisedSettings, int], Fitted]
+@dataclass(frozen=True)
+class ChosenSettings:
+    """Options that are chosen on a validation part of the training texts; see `choose_options`.
+
+    `strengths` and `controls` measure the gain that chooses. A page of this project's notes asks
+    for prior 1e-2 with few texts, so it stands first.
+    """
+
+    prior: tuple[float, ...] = (1e-2, 1e-3)
+    pooling: tuple[str, ...] = ("frequency", "mean", "max")
+    cut: tuple[float, ...] = (CUT, 1e-2, 1e-1)
+    order: tuple[str, ...] = ("score", "product")
+    strengths: tuple[float, ...] = (1.0, 2.0)
+    controls: int = 5
+
+
+LEAST_PROMPTS = 8
+"""Different validation prompts that choosing options needs."""
+Build = Callable[[Subject, ConceptData, Any, int], Fitted]
 
 
 def supervised(name: str) -> Build:
@@ -45,37 +67,129 @@ def supervised(name: str) -> Build:
     def build(
         subject: Subject, data: ConceptData, settings: SupervisedSettings, seed: int
     ) -> Fitted:
+        reading = Reading.of(name, subject, data)
+        return reading.fitted(name, asdict(settings), {}, seed)
+
+    return build
+
+
+def supervised_chosen(name: str) -> Build:
+    """`supervised` with its options chosen per concept: a fifth of the training texts is held out,
+    every combination selects on the rest, and the one whose feature raises the concept's lexicon
+    most behind instructions and half responses of the held-out texts is fitted to all of them.
+    """
+
+    def build(subject: Subject, data: ConceptData, settings: ChosenSettings, seed: int) -> Fitted:
+        reading = Reading.of(name, subject, data)
+        codes = collect_codes(
+            subject.model,
+            subject.sae,
+            reading.texts,
+            poolings=needed_poolings(*settings.pooling),
+            progress=False,
+            **reading.how,
+        )
+        grid = {n: getattr(settings, n) for n in ("prior", "pooling", "cut", "order")}
+        options: dict[str, Any] = {n: values[0] for n, values in grid.items()}
+        about: dict[str, Any] = {"combinations": 0}
+        splits = grouped_splits(reading.texts, seed=seed)
+        prompts = reading.halves([i for i, word in enumerate(splits) if word == "validation"])
+        if len(prompts) >= LEAST_PROMPTS:
+            found = choose_options(
+                subject.model,
+                subject.sae,
+                reading.texts,
+                reading.labels,
+                grid,
+                splits=splits,
+                prompts=prompts,
+                strengths=settings.strengths,
+                controls=settings.controls,
+                seed=seed,
+                progress=False,
+                codes=codes,
+                support=1,
+                **reading.how,
+            )
+            gain = max(row["gain"] for row in found.rows)
+            options = dict(found.options)
+            about = {"combinations": len(found.rows), "validation_gain": gain}
+        return reading.fitted(name, options, {**about, "grid": asdict(settings)}, seed, codes=codes)
+
+    return build
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A concept's training texts as `select_features` reads them: behind the chat prefix."""
+
+    subject: Subject
+    data: ConceptData
+    form: ChatForm
+    texts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str, subject: Subject, data: ConceptData) -> Reading:
+        """Raises ValueError without an SAE and for a side without texts."""
         if subject.sae is None:
             raise ValueError(f"{name} needs an SAE: open the subject with one")
         data.require("positives", "negatives")
         form = ResponseTexts.of(subject, data.positives).form
         pairs = data.positives + data.negatives
-        texts = [form.text(asked, said) for asked, said in pairs]
-        labels = [1.0] * len(data.positives) + [0.0] * len(data.negatives)
+        return cls(subject, data, form, tuple(form.text(asked, said) for asked, said in pairs))
+
+    @property
+    def labels(self) -> dict[str, list[float]]:
+        sides = [1.0] * len(self.data.positives) + [0.0] * len(self.data.negatives)
+        return {self.data.concept: sides}
+
+    @property
+    def how(self) -> dict[str, Any]:
+        return {
+            "starts": [prefix_end(self.form, text) for text in self.texts],
+            "prepend_bos": self.form.bos,
+        }
+
+    def halves(self, rows: Sequence[int]) -> list[str]:
+        """Instructions with the first half of their responses, in words, each once."""
+        pairs = self.data.positives + self.data.negatives
+        found = []
+        for asked, said in (pairs[i] for i in rows):
+            words = said.split()
+            found.append(self.form.text(asked, " ".join(words[: len(words) // 2])))
+        return list(dict.fromkeys(found))
+
+    def fitted(
+        self,
+        name: str,
+        options: dict[str, Any],
+        about: dict[str, Any],
+        seed: int,
+        **at_hand: Any,
+    ) -> Fitted:
+        """The best feature's decoder row under `options`, chosen on all texts but two."""
+        data = self.data
         found = select_features(
-            subject.model,
-            subject.sae,
-            texts,
-            {data.concept: labels},
-            splits=nearly_all_train(texts),
+            self.subject.model,
+            self.subject.sae,
+            self.texts,
+            self.labels,
+            splits=nearly_all_train(self.texts),
             support=min(SUPPORT, len(data.positives)),
-            starts=[prefix_end(form, text) for text in texts],
-            prepend_bos=form.bos,
             k=1,
             seed=seed,
             progress=False,
-            **asdict(settings),
+            **self.how,
+            **options,
+            **at_hand,
         )
         if data.concept in found.missing:
             raise LookupError(f"{name}: {found.missing[data.concept]}")
         selection = found.selections[data.concept]
-        fitted = by_row(name)(
-            subject, replace(data, feature=selection.features[0]), Chosen("label"), seed
-        )
+        chosen = replace(data, feature=selection.features[0])
+        fitted = by_row(name)(self.subject, chosen, Chosen("label"), seed)
         scores = {key: values[0] for key, values in selection.scores.items()}
-        return renamed(fitted, data, {"chosen_by": "select_features", **asdict(settings)}, scores)
-
-    return build
+        return renamed(fitted, data, {"chosen_by": "select_features", **options, **about}, scores)
 
 
 def nearly_all_train(texts: Sequence[str]) -> list[str]:
