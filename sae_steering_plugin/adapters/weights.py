@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_steering_plugin.adapters.parameters import (
@@ -314,9 +314,7 @@ def _require_every_stage(model: Model, edits: Sequence[Edit]) -> None:
 
 def require_same(model: Model, edits: Sequence[Edit], found: WeightEdit) -> None:
     """Raise NotConvertible unless hooks and weights give the same logits on one short text."""
-    length = min(CHECK_TOKENS, model.cfg.n_ctx or CHECK_TOKENS)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.cfg.d_vocab, (1, length), generator=generator)
+    tokens = check_text(model)
     plain = steered_logits(model, tokens)
     hooked = steered_logits(model, tokens, list(edits), require=False)
     with found.apply():
@@ -330,6 +328,13 @@ def require_same(model: Model, edits: Sequence[Edit], found: WeightEdit) -> None
             "would be rounding): this architecture does more to the output than adding it"
             + ("; the model is in training mode: call model.eval()" if model.training else "")
         )
+
+
+def check_text(model: Model) -> Int[Tensor, "1 pos"]:
+    """The text that conversions are checked on: random tokens, the same in every call."""
+    length = min(CHECK_TOKENS, model.cfg.n_ctx or CHECK_TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.cfg.d_vocab, (1, length), generator=generator)
 
 
 __all__ = [
