@@ -30,6 +30,7 @@ METHODS: dict[str, SteeringMethod] = {
         SteeringMethod("loreft", loreft.loreft, loreft.LoReFTSettings()),
         SteeringMethod("lora", weights.lora, weights.LoRASettings()),
         SteeringMethod("prompt", prompts.prompt),
+        SteeringMethod("sae_named", features.by_row("sae_named"), features.Chosen("name")),
         *(
             SteeringMethod(f"{word}{way}", build(f"{word}{way}"), features.Chosen(by))
             for word, by in (("sae", "label"), ("sae_auroc", "auroc"))

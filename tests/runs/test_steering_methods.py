@@ -249,6 +249,26 @@ def test_choosing_by_auroc_takes_the_feature_that_tells_the_texts_apart():
     assert torch.allclose(scores[0], expected.detach(), atol=1e-5)
 
 
+def test_a_feature_is_named_by_the_words_it_fires_on_and_labels_are_not_read():
+    subject = embeddings_alone()
+    feature = 5
+    word = int(subject.model.tokenizer(WORD, add_special_tokens=False)["input_ids"][0])
+    sae = tiny_sae()
+    with torch.no_grad():  # a feature that fires on the word alone
+        state = subject.model.W_E[word]
+        sae.W_enc[:, feature] = 50 * state / state.norm() ** 2
+        sae.b_enc[feature] = -49.0
+    subject = Subject(subject.model, "tiny", sae)
+    fitted = fit(subject, "sae_named", concept())
+    settings = fitted.vector.recipe.settings
+    assert (settings["feature"], settings["share_of_texts"]) == (feature, 1.0)
+    data = concept()
+    turned = ConceptData("cats", data.negatives, data.positives)
+    assert fit(subject, "sae_named", turned).vector.recipe.settings["feature"] == feature
+    with pytest.raises(LookupError, match="no feature fires on a word of 'weather'"):
+        fit(subject, "sae_named", ConceptData("weather", data.positives, data.negatives))
+
+
 def test_a_prompt_is_put_before_the_question_and_a_missing_one_names_the_concept(subject):
     fitted = fit(subject, "prompt", concept(prompt="Speak of cats."))
     assert fitted.prompt("Who?") == "Speak of cats.\n\nQuestion: Who?"

@@ -31,6 +31,8 @@ COMPARED = (
     ("sae_auroc", "lora"),
     ("supervised", "sae_auroc"),
     ("supervised", "diff_mean"),
+    ("supervised_chosen", "lora"),
+    ("supervised_chosen", "sae_named"),
 )
 
 

@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     from ...types import Effect
 
 Rows = list[dict[str, Any]]
-REFERENCE = "sae"
-"""The method that winrates are against."""
+REFERENCES = ("sae", "sae_named")
+"""What winrates are against: the feature of the concept's label, or the one named like it."""
+FALLBACK = "diff_mean"
+"""The method that steers where another found nothing to steer with, in a column of its own."""
 
 
 def offline_ratings(concepts: ConceptSet) -> OfflineRatings:
@@ -176,11 +178,13 @@ class AxBenchResults:
         """One row per method over all concepts, an uncovered one counting as 0.
 
         Ratings, perplexity and displacement are of the rows behind the score. Winrates are against
-        the method `sae` where it was run.
+        the first of `REFERENCES` that was run. `with DiffMean` is the score when an uncovered
+        concept falls back to that method instead of to nothing.
         """
         scores = self.scores(rated) if scores is None else scores
         by_method = grouped(scores)
-        against = by_method.get(REFERENCE)
+        against = next((by_method[one] for one in REFERENCES if one in by_method), None)
+        instead = score_of(by_method.get(FALLBACK, ()))
         table = []
         for method in [one for one in self.methods if one in by_method]:
             own = by_method[method]
@@ -201,6 +205,7 @@ class AxBenchResults:
                     else shown(winrate(score_of(own), score_of(against)), 3),
                     "concepts": len(own),
                     "covered": len(kept),
+                    "with DiffMean": fallen_back(own, instead),
                     "covered score": shown(mean_of(np.array([one.score for one in kept]))),
                     "fallback 50": behind[behind["fallback"].eq(True)]["concept_id"].nunique(),
                     "unrated": sum(one.unrated for one in own),
@@ -283,6 +288,13 @@ class AxBenchResults:
             found,
             instructions=self.instructions,
         )
+
+
+def fallen_back(scores: Sequence[SteeringScore], instead: Mapping[int, float]) -> str:
+    """The mean score with `instead` where nothing was found; empty where that was not run."""
+    if not instead:
+        return ""
+    return shown(float(np.mean([s.score if s.covered else instead[s.concept_id] for s in scores])))
 
 
 def grouped(scores: Sequence[SteeringScore]) -> dict[str, list[SteeringScore]]:

@@ -1,4 +1,4 @@
-"""SAE features: chosen by label or by AUROC, added by decoder row or clamped in codes."""
+"""SAE features: chosen by label, by name or by AUROC, added by decoder row or clamped in codes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from ...edits.shift import Add
 from ...features.scores import score_features
 from ...types import Change, Edit, SparseCodes, SteeringVector
 from ..axbench.texts import ChatForm
+from ..causal_scores import firing_peaks
+from ..judges.offline import content_stems, stems_of
 from ..pooled_codes import collect_codes
 from ..subject import Subject
 from .dense import EVERYWHERE, SOURCE
@@ -26,16 +28,19 @@ from .texts import about_texts
 
 @dataclass(frozen=True)
 class Chosen:
-    """How the feature is chosen: "label" (`ConceptData.feature`) or "auroc" on the training
-    texts."""
+    """How the feature is chosen: "label" (`ConceptData.feature`), "auroc" on the training texts, or
+    "name": the concept's words against what each feature fires on, whichever side the texts are of
+    (a stand-in for labels that nobody wrote)."""
 
     by: str = "label"
 
     def __post_init__(self) -> None:
-        if self.by not in ("label", "auroc"):
-            raise ValueError(f"by is {self.by!r}; choose 'label' or 'auroc'")
+        if self.by not in ("label", "auroc", "name"):
+            raise ValueError(f"by is {self.by!r}; choose 'label', 'auroc' or 'name'")
 
 
+LEAST_PEAKS = 3
+"""Texts that a feature must fire in to be named after its tokens."""
 Build = Callable[[Subject, ConceptData, Chosen, int], Fitted]
 Steering = Callable[[Any, int, SteeringVector, Tensor], Change]
 """(SAE, feature, its vector, amounts) -> the change."""
@@ -122,7 +127,37 @@ def chosen_feature(
         if data.feature is None:
             raise LookupError(f"{name}: no feature is labelled {data.concept!r}")
         return data.feature, {"chosen_by": "label"}
-    return best_by_auroc(subject, data)
+    return best_by_auroc(subject, data) if settings.by == "auroc" else named(subject, data)
+
+
+def named(subject: Subject, data: ConceptData) -> tuple[int, dict[str, Any]]:
+    """The feature whose strongest tokens are words of the concept's name most often.
+
+    Labels of texts are not read: this is what a label made from a feature's activations could tell.
+    A feature is named by the strongest token of each text it fires in, `LEAST_PEAKS` texts at
+    least. Equal shares go to the feature with more such texts, then to the smaller number.
+    LookupError where no feature fires on a word of the concept's name.
+    """
+    data.require("positives", "negatives")
+    form, wanted = ChatForm.of(subject.model, subject.sae), singular(content_stems(data.concept))
+    texts = [form.text(asked, said) for asked, said in data.positives + data.negatives]
+    peaks = firing_peaks(subject.model, subject.sae, texts, prepend_bos=form.bos, progress=False)
+    decode = subject.model.tokenizer.decode
+    said = [t for t in peaks.tokens.unique().tolist() if singular(stems_of(decode([t]))) & wanted]
+    width = int(subject.sae.W_dec.shape[0])
+    fires = torch.bincount(peaks.features, minlength=width)
+    hits = torch.bincount(
+        peaks.features[torch.isin(peaks.tokens, torch.tensor(said))], minlength=width
+    )
+    share = torch.where(fires >= LEAST_PEAKS, hits / fires.clamp(min=1), 0.0)
+    best = max(range(width), key=lambda f: (float(share[f]), int(fires[f]), -f))
+    if share[best] == 0:
+        raise LookupError(f"no feature fires on a word of {data.concept!r}")
+    return best, {"chosen_by": "name", "share_of_texts": float(share[best])}
+
+
+def singular(stems: frozenset[str]) -> frozenset[str]:
+    return frozenset(stem.rstrip("s") for stem in stems)
 
 
 def best_by_auroc(subject: Subject, data: ConceptData) -> tuple[int, dict[str, Any]]:

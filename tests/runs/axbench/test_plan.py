@@ -189,12 +189,18 @@ def test_a_method_that_finds_nothing_counts_as_zero_and_says_why(places, monkeyp
         return find_method("diff_mean").fit(AxBenchWorker(plan).subject, data)
 
     monkeypatch.setitem(METHODS, "picky", SteeringMethod("picky", build))
-    plan = small_plan(places, "picky")
+    plan = small_plan(places, "picky", "diff_mean")
     found = results_of(plan, ran(plan, tmp_path))
-    scores = found.scores(found.rated(offline_ratings(found.concepts)))
-    assert [(one.concept_id, one.covered) for one in scores] == [(1, True), (0, False)]
-    row = found.steering_table(found.rated(offline_ratings(found.concepts)), scores)[0]
+    rated = found.rated(offline_ratings(found.concepts))
+    for aspect in ("concept", "instruct", "fluency"):
+        rated[aspect] = 1.0 + rated["concept_id"]
+    picky = [one for one in found.scores(rated) if one.method == "picky"]
+    assert [(one.concept_id, one.covered) for one in picky] == [(1, True), (0, False)]
+    row, other = found.steering_table(rated)
     assert (row["concepts"], row["covered"]) == (2, 1)
+    # a text of concept 0 scores 1 here and one of concept 1 scores 2
+    assert (row["score"], row["covered score"], row["with DiffMean"]) == ("1", "2", "1.5")
+    assert other["score"] == other["with DiffMean"] == "1.5"
     assert {"what": "picky, concept 0: not covered (no feature survives)"} in found.notes()
 
 
