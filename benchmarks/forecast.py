@@ -5,8 +5,9 @@
 Per dictionary: labels of features of all firing rates (arXiv 2606.08365's protocol, strict), their
 reproducibility over disjoint halves of the contexts, cross-validated forecasts from three predictor
 sets with their differences, before and after residualisation, the same on random directions of
-equal length and at another strength, and a held-out screen. Nothing passes or fails: the figures
-are printed, written to the JSON file and, as tables, to the page.
+equal length and at another strength, a held-out screen, and predictors from gradients that are not
+the paper's (`--gradients` adds these alone to an earlier JSON file). Nothing passes or fails: the
+figures are printed, written to the JSON file and, as tables, to the page.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ SAES = ("topk-512", "standard-512", "jumprelu-512", "topk-256", "topk-1024")
 """Three architectures, and one of them at three widths."""
 
 OTHER_STRENGTH = 8.0
+GRADIENT_CONTEXTS = 256
+OURS = (
+    "full_no_magnitude",
+    "full_with_curvature",
+    "full_with_gradients",
+    "curvature_only",
+    "tangent_only",
+)
+"""The paper's full set, and sets with predictors from gradients."""
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -77,71 +87,151 @@ def jobs() -> Iterator[Job]:
             )
 
 
-def studied(job: Job, *, quick: bool) -> dict[str, Any]:
-    """Everything that is reported of one dictionary."""
-    from sae_steering_plugin.prediction import CONTROLS
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A dictionary with its contexts, features, statistics of all of them, and labels."""
+
+    subject: Any
+    later: Any
+    tokens: Any
+    fresh: Any
+    survey: Any
+    features: Any
+    table: Any
+    labels: Any
+    size: int
+
+    def again(self, tokens: Any, **options: Any) -> Any:
+        """Labels of the same features on these contexts."""
+        from sae_steering_plugin.runs.side_effects import measure_side_effects
+
+        return measure_side_effects(
+            self.subject.model,
+            self.subject.sae,
+            self.features,
+            tokens,
+            downstream=self.later,
+            progress=False,
+            **options,
+        )
+
+
+def measured(job: Job, *, quick: bool) -> Measured:
     from sae_steering_plugin.runs.feature_statistics import feature_statistics
     from sae_steering_plugin.runs.screen_job import Sizes, contexts_for, open_downstream
-    from sae_steering_plugin.runs.screening import screen
-    from sae_steering_plugin.runs.side_effects import (
-        measure_side_effects,
-        sample_features,
-        survey_contexts,
-    )
+    from sae_steering_plugin.runs.side_effects import sample_features, survey_contexts
     from sae_steering_plugin.runs.subject import open_subject
 
-    started = time.perf_counter()
     sizes = Sizes(192, 64, 60, 8, 24) if quick else Sizes(768, 128, 150, 20)
     subject = open_subject(job.model, job.sae)
     sae = subject.sae
     later = open_downstream(subject, job.downstream, device="cpu", dtype="float32")
     tokens, fresh = contexts_for(subject, sizes, texts=job.texts)
-    quiet: dict[str, Any] = {"downstream": later, "progress": False}
-    survey = survey_contexts(subject.model, sae, tokens, **quiet)
+    survey = survey_contexts(subject.model, sae, tokens, downstream=later, progress=False)
     features = sample_features(survey, sizes.features)
     table = feature_statistics(subject.model, sae, tokens, progress=False)
+    found = Measured(subject, later, tokens, fresh, survey, features, table, None, sizes.group)
+    labels = found.again(tokens, survey=survey, strengths=(1.0, OTHER_STRENGTH), controls=1)
+    return replace(found, labels=labels)
 
-    def labels(of: Any, **options: Any) -> Any:
-        return measure_side_effects(subject.model, sae, features, of, **quiet, **options)
 
-    measured = labels(tokens, survey=survey, strengths=(1.0, OTHER_STRENGTH), controls=1)
+def studied(job: Job, *, quick: bool) -> dict[str, Any]:
+    """Everything that is reported of one dictionary."""
+    from sae_steering_plugin.prediction import CONTROLS
+    from sae_steering_plugin.runs.screening import screen
+
+    started = time.perf_counter()
+    found = measured(job, quick=quick)
+    tokens, table, labels = found.tokens, found.table, found.labels
     half = len(tokens) // 2
-    halves = [labels(part).of().table for part in (tokens[:half], tokens[half:])]
-    main = measured.of(1.0)
+    halves = [found.again(part).of().table for part in (tokens[:half], tokens[half:])]
+    main = labels.of(1.0)
     screened = screen(
-        subject.model,
-        sae,
+        found.subject.model,
+        found.subject.sae,
         tokens,
-        fresh,
-        features=features,
+        found.fresh,
+        downstream=found.later,
+        features=found.features,
         statistics=table,
-        size=sizes.group,
-        **quiet,
+        size=found.size,
+        progress=False,
     )
     return {
         "name": job.name,
-        "features": len(features),
+        "features": len(found.features),
         "contexts": len(tokens),
-        "fresh": len(fresh),
-        "residual_norm": survey.mean_norm,
+        "fresh": len(found.fresh),
+        "residual_norm": found.survey.mean_norm,
         "row_norm": float(main.table["displacement"].median()),
         "medians": {
-            arm: {t: float(measured.of(1.0, arm=arm).table[t].median()) for t in TARGETS[:-1]}
+            arm: {t: float(labels.of(1.0, arm=arm).table[t].median()) for t in TARGETS[:-1]}
             for arm in ("feature", "random 1")
         },
         "reproducibility": reproducibility(*halves),
         "forecasts": [
             *compared(table, main, "feature, strength 1"),
             *compared(table, main, "feature, strength 1", controls=CONTROLS),
-            *compared(table, measured.of(OTHER_STRENGTH), f"feature, strength {OTHER_STRENGTH:g}"),
-            *compared(table, measured.of(1.0, arm="random 1"), "random direction, strength 1"),
+            *compared(table, labels.of(OTHER_STRENGTH), f"feature, strength {OTHER_STRENGTH:g}"),
+            *compared(table, labels.of(1.0, arm="random 1"), "random direction, strength 1"),
         ],
         "partial": partials(table, main),
         "axes": list(screened.axes),
         "differences": list(screened.rows),
         "screen": dict(screened.groups.settings),
+        "gradients": with_gradients(found),
         "seconds": time.perf_counter() - started,
     }
+
+
+def with_gradients(found: Measured) -> dict[str, Any]:
+    """Do predictors from gradients (ours) add to the paper's? CV Spearman and the difference to the
+    full set without them, per label and arm, and the held-out screen that the tangent ones make."""
+    from sae_steering_plugin import gradient_statistics
+    from sae_steering_plugin.prediction import CONTROLS, cross_validate, difference
+    from sae_steering_plugin.runs.screening import screen
+
+    gradients = gradient_statistics(
+        found.subject.model, found.subject.sae, found.tokens[:GRADIENT_CONTEXTS], progress=False
+    )
+    table = found.table.join(gradients)
+    rows = []
+    for arm, labels, controls in (
+        ("strength 1", found.labels.of(1.0), ()),
+        ("strength 1, residual", found.labels.of(1.0), CONTROLS),
+        (f"strength {OTHER_STRENGTH:g}", found.labels.of(OTHER_STRENGTH), ()),
+        ("random direction", found.labels.of(1.0, arm="random 1"), ()),
+    ):
+        for target in ("stability_abs", "effect", "count_0.05", "count_per_effect", "clean"):
+            if target == "effect" and controls:
+                continue  # the effect is one of the controls
+            sets = {
+                name: cross_validate(table, labels, target, columns=name, controls=controls)
+                for name in OURS
+            }
+            base = sets[OURS[0]]
+            gaps = {name: difference(sets[name], base) for name in OURS[1:]}
+            rows.append(
+                {
+                    "arm": arm,
+                    "target": target,
+                    "sets": {n: [one.spearman, one.low, one.high] for n, one in sets.items()},
+                    "gaps": {n: [g.difference, g.low, g.high] for n, g in gaps.items()},
+                }
+            )
+    screened = screen(
+        found.subject.model,
+        found.subject.sae,
+        found.tokens,
+        found.fresh,
+        downstream=found.later,
+        features=found.features,
+        statistics=table,
+        columns="tangent_only",
+        size=found.size,
+        progress=False,
+    )
+    return {"rows": rows, "axes": list(screened.axes), "differences": list(screened.rows)}
 
 
 def reproducibility(one: Any, other: Any) -> dict[str, float]:
@@ -241,7 +331,8 @@ def page(found: Sequence[dict[str, Any]]) -> str:
         "## What is studied, and how well labels repeat",
         "",
         "Reproducibility is the rank correlation of a label with itself on two disjoint halves of "
-        "the contexts: no forecast can be expected to do better.",
+        'the contexts: no forecast can be expected to do better. It stands as "repeats" beside the '
+        "correlations below.",
         "",
         "| dictionary | features | contexts | row / residual norm | stability | count | count per "
         "effect | clean | random direction: stability, count | seconds |",
@@ -272,16 +363,17 @@ def page(found: Sequence[dict[str, Any]]) -> str:
         lines += [
             f"## {words}",
             "",
-            "| dictionary | label | full, no magnitude | frequency only | magnitude only | full - "
-            "frequency | full - magnitude | trees |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| dictionary | label | repeats | full, no magnitude | frequency only | magnitude only "
+            "| full - frequency | full - magnitude | trees |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for one in found:
             for row in one["forecasts"]:
                 if row["residual"] is residual and row["arm"] == "feature, strength 1":
                     sets, gaps = list(row["sets"].values()), list(row["differences"].values())
                     lines.append(
-                        f"| {one['name']} | {row['target']} | {three(sets[0])} | "
+                        f"| {one['name']} | {row['target']} | "
+                        f"{one['reproducibility'][row['target']]:.2f} | {three(sets[0])} | "
                         f"{sets[1][0]:+.2f} | {sets[2][0]:+.2f} | {three(gaps[0])} | "
                         f"{three(gaps[1])} | {row['trees']:+.2f} |"
                     )
@@ -292,8 +384,9 @@ def page(found: Sequence[dict[str, Any]]) -> str:
         "Full set, CV Spearman; the random direction is forecast from the statistics of the "
         "feature it stands beside, on the same contexts.",
         "",
-        f"| dictionary | label | strength 1 | strength {OTHER_STRENGTH:g} | random direction |",
-        "| --- | --- | --- | --- | --- |",
+        f"| dictionary | label | repeats | strength 1 | strength {OTHER_STRENGTH:g} | random "
+        "direction |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for one in found:
         for target in ("stability_abs", "count_0.05", "count_per_effect", "clean"):
@@ -302,18 +395,21 @@ def page(found: Sequence[dict[str, Any]]) -> str:
                 for row in one["forecasts"]
                 if row["target"] == target and not row["residual"]
             ]
-            lines.append(f"| {one['name']} | {target} | " + " | ".join(cells) + " |")
+            repeats = f"{one['reproducibility'][target]:.2f}"
+            lines.append(f"| {one['name']} | {target} | {repeats} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "## Strongest single predictors given the controls",
         "",
-        "| dictionary | label | predictor | Spearman | partial | p (Holm) |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| dictionary | label | repeats | predictor | Spearman | partial | p (Holm) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in found:
         for row in one["partial"]:
             lines.append(
-                f"| {one['name']} | {row['target']} | {row['predictor']} | {row['plain']:+.2f} | "
+                f"| {one['name']} | {row['target']} | "
+                f"{one['reproducibility'][row['target']]:.2f} | {row['predictor']} | "
+                f"{row['plain']:+.2f} | "
                 f"{three([row['rho'], row['low'], row['high']])} | {row['p_holm']:.2g} |"
             )
     lines += [
@@ -327,21 +423,84 @@ def page(found: Sequence[dict[str, Any]]) -> str:
     for one in found:
         gaps = {r["metric"]: r for r in one["differences"] if r["groups"] == "clean - messy"}
         for row in one["axes"]:
-            gap = gaps.get(row["label"])
-            words = (
-                ""
-                if gap is None
-                else f"{gap['difference']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f}), "
-                f"{gap['p_holm']:.2g}"
-            )
+            words = gap_words(gaps.get(row["label"]))
             lines.append(
                 f"| {one['name']} | {row['axis']} | {row['n_features']} | "
                 f"{three([row['spearman_heldout'], row['low'], row['high']])} | "
                 f"{row['clean_mean']:.3f} | {row['random_mean']:.3f} | {row['messy_mean']:.3f} | "
                 f"{words} |"
             )
-    lines += ["", *reading(found), ""]
+    lines += ["", *gradient_section(found), *reading(found), ""]
     return "\n".join(lines)
+
+
+def gap_words(gap: dict[str, Any] | None) -> str:
+    if gap is None:
+        return ""
+    ends = f"({gap['low']:+.3f} to {gap['high']:+.3f})"
+    return f"{gap['difference']:+.3f} {ends}, {gap['p_holm']:.2g}"
+
+
+def gradient_section(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Predictors of our own beside the paper's full set."""
+    told = [one for one in found if "gradients" in one]
+    if not told:
+        return []
+    lines = [
+        "## Predictors from gradients (ours, not the paper's)",
+        "",
+        "`gradient_statistics` reads gradients of clean passes, for all features at once and "
+        "without a steered pass. Curvature: E (g . d)^2 with g the gradient of the log probability "
+        "of a token drawn from the model (Fisher, for softmax the Gauss-Newton form, along the "
+        "decoder row). Tangent: size and stability of the first-order logit shift J d, from 16 "
+        f"random looks at the logits. {GRADIENT_CONTEXTS} of the label contexts; CV Spearman by "
+        "ridge, and the difference to the full set without them.",
+        "",
+        "| dictionary | label | case | full | curvature alone | tangent alone | + curvature | "
+        "+ curvature and tangent |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in told:
+        for row in one["gradients"]["rows"]:
+            sets, gaps = row["sets"], row["gaps"]
+            lines.append(
+                f"| {one['name']} | {row['target']} | {row['arm']} | "
+                f"{sets[OURS[0]][0]:+.2f} | {sets['curvature_only'][0]:+.2f} | "
+                f"{three(sets['tangent_only'])} | {three(gaps['full_with_curvature'])} | "
+                f"{three(gaps['full_with_gradients'])} |"
+            )
+    lines += [
+        "",
+        "Held-out screens on fresh contexts, the same features and split, forecast by the tangent "
+        "set alone (and by the full set, as below):",
+        "",
+        "| dictionary | axis | tangent: forecast against measured | full set | clean - messy by "
+        "tangent, p (Holm) | by the full set |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in told:
+        sides = (one["gradients"], one)
+        gaps = [
+            {r["metric"]: r for r in side["differences"] if r["groups"] == "clean - messy"}
+            for side in sides
+        ]
+        for mine, full in zip(sides[0]["axes"], sides[1]["axes"], strict=True):
+            rho = [three([r["spearman_heldout"], r["low"], r["high"]]) for r in (mine, full)]
+            found_gaps = [gap_words(gap.get(mine["label"])) for gap in gaps]
+            lines.append(
+                f"| {one['name']} | {mine['axis']} | {rho[0]} | {rho[1]} | {found_gaps[0]} | "
+                f"{found_gaps[1]} |"
+            )
+    lines += ["", "With an interval of the difference above (below) zero, over dictionaries:", ""]
+    for arm in dict.fromkeys(row["arm"] for one in told for row in one["gradients"]["rows"]):
+        rows = [row for one in told for row in one["gradients"]["rows"] if row["arm"] == arm]
+        words = []
+        for name in OURS[1:3]:
+            up = sum(row["gaps"][name][1] > 0 for row in rows)
+            down = sum(row["gaps"][name][2] < 0 for row in rows)
+            words.append(f"{name} in {up} ({down}) of {len(rows)}")
+        lines.append(f"- {arm}: {', '.join(words)} dictionary and label pairs.")
+    return [*lines, ""]
 
 
 def reading(found: Sequence[dict[str, Any]]) -> list[str]:
@@ -420,6 +579,20 @@ def reading(found: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+def add_gradients(path: Path, only: str) -> None:
+    """Measure the labels of the dictionaries in an earlier file again and add what gradients say.
+
+    Labels, folds and seeds are those of the whole study, so the full set scores the same.
+    """
+    told = json.loads(path.read_text())
+    known = {one["name"]: one for one in told["dictionaries"]}
+    for job in jobs():
+        if job.name in known and only in job.name:
+            known[job.name]["gradients"] = with_gradients(measured(job, quick=False))
+            path.write_text(json.dumps(told, indent=1) + "\n")
+            print(job.name, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="forecasts of side effects")
     parser.add_argument("--quick", action="store_true", help="one dictionary, small")
@@ -427,6 +600,9 @@ def main() -> None:
     parser.add_argument("--page", type=Path)
     parser.add_argument("--only", help="part of a dictionary's name")
     parser.add_argument("--tables", type=Path, help="only the page, from an earlier --json file")
+    parser.add_argument(
+        "--gradients", action="store_true", help="only the gradient predictors, into --json FILE"
+    )
     arguments = parser.parse_args()
     import logging
     import warnings
@@ -439,6 +615,9 @@ def main() -> None:
     if arguments.tables:
         found: list[dict[str, Any]] = json.loads(arguments.tables.read_text())["dictionaries"]
         (arguments.page or Path("docs/side_effects.md")).write_text(page(found))
+        return
+    if arguments.gradients:
+        add_gradients(arguments.json, arguments.only or "")
         return
     listed = [job for job in jobs() if not arguments.only or arguments.only in job.name]
     found = []

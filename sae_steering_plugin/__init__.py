@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds the two lists equal
     from .adapters.engine import generate
+    from .adapters.feature_metadata import keep_table, kept_table
     from .adapters.sae_lens import SteeringDictionary, load_sae
     from .adapters.steering import fwd_hooks, steer
     from .adapters.training_hooks import (
@@ -129,6 +130,7 @@ _ROOMS: dict[str, str] = {
     "adapters.transformer_lens": "load_model",
     "adapters.weights": "to_bias_edit NotConvertible carried_sites residual_sites",
     "adapters.sae_lens": "SteeringDictionary load_sae",
+    "adapters.feature_metadata": "keep_table kept_table",
     "organisms": "load_organism list_organisms",
     "prediction": "SideEffectPredictor cross_validate fit_predictor",
     "runs.autonomy": "autonomy_protocol run_autonomy",

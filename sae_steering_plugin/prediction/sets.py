@@ -1,4 +1,5 @@
-"""Predictor sets by name, as explicit lists of columns of `feature_statistics`.
+"""Predictor sets by name, as explicit lists of columns of `feature_statistics` (the last four:
+with those of `gradient_statistics`).
 
 Source: arXiv 2606.08365 and its scripts, which build them by substring search; here each is
 written out. Left out of the paper's lists: the sum of crowding cosines (20 times their mean).
@@ -27,6 +28,14 @@ LOGIT = (
     "direct_top100_abs_mass_frac",
     "direct_top500_abs_mass_frac",
 )
+CURVATURE = ("fisher_curvature", "fisher_curvature_cv")
+TANGENT = (
+    "tangent_effect",
+    "tangent_effect_cv",
+    "tangent_stability_signed",
+    "tangent_stability_abs",
+)
+"""`CURVATURE` and `TANGENT` are ours, from `gradient_statistics`; the others are the paper's."""
 NO_MAGNITUDE = (*FREQUENCY, *SHAPE, *GEOMETRY, *COACTIVATION, *LOGIT)
 
 PREDICTOR_SETS: dict[str, tuple[str, ...]] = {
@@ -52,6 +61,10 @@ PREDICTOR_SETS: dict[str, tuple[str, ...]] = {
         "encoder_decoder_cos",
     ),
     "full_all": (*NO_MAGNITUDE, *MAGNITUDE),
+    "curvature_only": CURVATURE,
+    "tangent_only": TANGENT,
+    "full_with_curvature": (*NO_MAGNITUDE, *CURVATURE),
+    "full_with_gradients": (*NO_MAGNITUDE, *CURVATURE, *TANGENT),
 }
 
 PRIMARY = ("full_no_magnitude", "freq_only", "activation_magnitude_only")

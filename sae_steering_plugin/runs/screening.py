@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
+from ..adapters.feature_metadata import keep_table
 from ..adapters.sae_lens import SteeringDictionary
 from ..effects.corrections import holm
 from ..effects.intervals import bootstrap, item_draws
@@ -38,8 +39,10 @@ from ..prediction.screen import (
     screen_groups,
     split_features,
 )
+from ..prediction.sets import CURVATURE, TANGENT, named_columns
 from ..types import FeatureTable
 from .feature_statistics import feature_statistics
+from .gradient_statistics import CONTEXTS, gradient_statistics
 from .side_effects import (
     PANEL,
     PER_KIND,
@@ -114,19 +117,23 @@ class Screen:
     def dictionary(self, sae: Any, group: str = "clean") -> SteeringDictionary:
         """A group's decoder rows as a SAELens dictionary, with measured stability and spread.
 
-        Stability is `stability_abs`, spread the count per effect, both on fresh contexts. Raises
-        ValueError for an unknown group.
+        Stability is `stability_abs`, spread the count per effect, both on fresh contexts; all that
+        was measured there, and the forecast, is its `kept_table`. Raises ValueError for an unknown
+        group.
         """
         if group not in self.groups.groups:
             raise ValueError(f"no group {group!r}; choose one of {', '.join(self.groups.groups)}")
         chosen = self.groups.groups[group]
-        measured = self.fresh.of().of(chosen).table
-        return SteeringDictionary.from_features(
+        measured = self.fresh.of().of(chosen)
+        dictionary = SteeringDictionary.from_features(
             sae,
             chosen,
-            stability=measured["stability_abs"].tolist(),
-            spread=measured["count_per_effect"].tolist(),
+            stability=measured.table["stability_abs"].tolist(),
+            spread=measured.table["count_per_effect"].tolist(),
         )
+        forecast = [self.groups.forecast[feature] for feature in chosen]
+        keep_table(dictionary, replace(measured, table=measured.table.assign(forecast=forecast)))
+        return dictionary
 
     def save(self, folder: str | Path, sae: Any = None) -> list[Path]:
         """Write `screen.json`, the tables, both forecasts and, with `sae`, the clean group."""
@@ -195,7 +202,9 @@ def screen(
     score over all. Groups hold `size` features (a third of the matched ones at most). With
     `whole_pool` all pool features are measured on fresh contexts, which gives the held-out rank
     correlation; without it only the groups. `controls` random directions of equal length are
-    measured beside each of them, on the fresh contexts.
+    measured beside each of them, on the fresh contexts. `statistics` default to
+    `feature_statistics` of `tokens`, with `gradient_statistics` of the first 256 where `columns`
+    names any of those.
 
     Raises ValueError when a fresh context is among the label contexts, and what
     `measure_side_effects`, `split_features` and `screen_groups` raise.
@@ -222,6 +231,10 @@ def screen(
     train, pool = split_features(features, train_share=train_share, seed=seed)
     if statistics is None:
         statistics = feature_statistics(model, sae, tokens, progress=progress)
+        if set(named_columns(columns)) & {*CURVATURE, *TANGENT}:
+            some = tokens[:CONTEXTS]
+            gradients = gradient_statistics(model, sae, some, seed=seed, progress=progress)
+            statistics = statistics.join(gradients)
     labelled = train if protocol == "strict" else tuple(sorted((*train, *pool)))
     labels = measure_side_effects(
         model, sae, labelled, tokens, survey=survey, per_kind=per_kind, **options

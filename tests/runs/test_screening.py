@@ -4,8 +4,10 @@ import math
 import pytest
 import torch
 
+from sae_steering_plugin.adapters.feature_metadata import kept_table
 from sae_steering_plugin.adapters.sae_lens import SteeringDictionary
 from sae_steering_plugin.adapters.steering import steer
+from sae_steering_plugin.prediction import PREDICTOR_SETS
 from sae_steering_plugin.prediction.predictors import SideEffectPredictor
 from sae_steering_plugin.runs.screening import METRICS, Forecast, screen
 from tests.hosts import tiny_bridge, tiny_sae, tokens_of_length
@@ -103,6 +105,11 @@ def test_a_screened_group_is_a_dictionary_with_its_stability_and_spread(strict, 
     kept = SteeringDictionary.load_from_disk(tmp_path)
     assert kept.stability.tolist() == pytest.approx(measured["stability_abs"].tolist())
     assert kept.spread.tolist() == pytest.approx(measured["count_per_effect"].tolist())
+    told = kept_table(kept)
+    assert list(told.table.index) == list(chosen)
+    assert list(told.table["effect"]) == list(measured["effect"])
+    assert list(told.table["forecast"]) == [strict.groups.forecast[f] for f in chosen]
+    assert told.settings["strength"] == 1.0
     with pytest.raises(ValueError, match="choose one of clean, random, messy"):
         strict.dictionary(sae, "cleanest")
 
@@ -131,6 +138,12 @@ def test_the_same_seed_gives_the_same_screen(strict):
     assert again.groups.groups == strict.groups.groups
     assert again.rows == strict.rows and again.axes == strict.axes
     assert screened(seed=1).groups.train != strict.groups.train
+
+
+def test_a_set_with_gradients_reads_them_before_anything_is_steered():
+    found = screened(columns="tangent_only", whole_pool=False)
+    assert set(found.groups.score.columns) == set(PREDICTOR_SETS["tangent_only"])
+    assert found.statistics.settings["gradient_contexts"] == 96
 
 
 def test_fresh_contexts_must_be_fresh():
