@@ -2,7 +2,9 @@
 intervention."""
 
 from sae_steering_plugin.edits.codes import Ablate, Clamp, Exchange, Scale, SparseAdd
+from sae_steering_plugin.edits.fuzz import Fuzz
 from sae_steering_plugin.edits.gate import FeatureFires, Gated, SimilarTo, best_threshold
+from sae_steering_plugin.edits.path import ConceptPath, FollowPath, concept_path
 from sae_steering_plugin.edits.project import ProjectOut
 from sae_steering_plugin.edits.shift import Add
 from sae_steering_plugin.edits.unexplained import Reconstruct
@@ -11,8 +13,11 @@ __all__ = [
     "Ablate",
     "Add",
     "Clamp",
+    "ConceptPath",
     "Exchange",
     "FeatureFires",
+    "FollowPath",
+    "Fuzz",
     "Gated",
     "ProjectOut",
     "Reconstruct",
@@ -20,4 +25,5 @@ __all__ = [
     "SimilarTo",
     "SparseAdd",
     "best_threshold",
+    "concept_path",
 ]

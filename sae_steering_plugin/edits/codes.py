@@ -16,6 +16,7 @@ shared/methods/sparse_activation_steering.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -51,7 +52,8 @@ def as_features(features: int | Sequence[int] | Tensor) -> tuple[int, ...]:
     return listed
 
 
-def _checked(sae: Any, features: tuple[int, ...]) -> None:
+def require_features(sae: Any, features: tuple[int, ...]) -> None:
+    """Raises ValueError for a feature outside the dictionary."""
     d_sae = sae.W_dec.shape[0]
     outside = [j for j in features if not 0 <= j < d_sae]
     if outside:
@@ -65,14 +67,19 @@ class Clamp:
     `values` is one number, one per feature `[feature]`, or one per row and feature
     `[batch, feature]`. The nonlinearity is not applied again: a value the SAE could not have
     produced is set all the same, as an edit of `hook_sae_acts_post` would.
+
+    With `above` only codes larger than it are set, each feature by itself: the conditional clamp of
+    unlearning (values -300 above 1e-4 in arXiv 2503.11127, -25 to -200 above 0 in SAEBench). A
+    token at which no code is that large is bit-identical.
     """
 
     sae: Any
     features: int | Sequence[int]
     values: float | Tensor
+    above: float | None = None
 
     def __post_init__(self) -> None:
-        _checked(self.sae, as_features(self.features))
+        require_features(self.sae, as_features(self.features))
         values = torch.as_tensor(self.values, dtype=torch.float32)
         n = len(as_features(self.features))
         if values.ndim > 2 or (values.ndim and values.shape[-1] not in (1, n)):
@@ -81,6 +88,8 @@ class Clamp:
             )
         if not torch.isfinite(values).all():
             raise ValueError("a clamp value is not finite")
+        if self.above is not None and not math.isfinite(self.above):
+            raise ValueError(f"above is {self.above}; it must be a finite number")
 
     @property
     def hook_name(self) -> str:
@@ -102,7 +111,8 @@ class Clamp:
         return replace(self, values=_on(self.values, device))
 
     def edited(self, codes: Tensor) -> Tensor:
-        return _per_row(self.values, codes).expand_as(codes)
+        values = _per_row(self.values, codes).expand_as(codes)
+        return values if self.above is None else torch.where(codes > self.above, values, codes)
 
     def prepare(self, *, dtype: torch.dtype, device: torch.device | str) -> PreparedCodes:
         return prepare_together([self], dtype=dtype, device=device)
@@ -157,7 +167,7 @@ class Ablate:
     features: int | Sequence[int]
 
     def __post_init__(self) -> None:
-        _checked(self.sae, as_features(self.features))
+        require_features(self.sae, as_features(self.features))
 
     @property
     def hook_name(self) -> str:

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_steering_plugin.adapters.sae_parts import architecture, site_names
-from sae_steering_plugin.edits.codes import codes_of
+from sae_steering_plugin.edits.codes import as_features, codes_of, require_features
 from sae_steering_plugin.types import (
     PREFILL,
     SMALLEST_NORM,
@@ -149,12 +149,13 @@ class SimilarTo:
 class FeatureFires:
     """The SAE's own condition: max over the read tokens of one latent's code, against a threshold.
 
-    With `per="token"` the token's own code. Raises ValueError for a latent outside the dictionary
+    With several latents the largest of their codes counts. With `per="token"` the token's own code.
+    Raises ValueError for a latent outside the dictionary
     and for a temporal dictionary, whose codes need every earlier token.
     """
 
     sae: Any
-    feature: int
+    feature: int | Sequence[int]
     threshold: float = 0.0
     comparison: Comparison = "above"
     read: Positions = PREFILL
@@ -162,9 +163,7 @@ class FeatureFires:
 
     def __post_init__(self) -> None:
         _check(self.threshold, self.comparison, self.read, self.per)
-        d_sae = self.sae.W_dec.shape[0]
-        if not 0 <= self.feature < d_sae:
-            raise ValueError(f"feature {self.feature} is outside 0..{d_sae - 1} of this dictionary")
+        require_features(self.sae, as_features(self.feature))
         if architecture(self.sae) == "temporal":
             raise ValueError("a temporal dictionary reads earlier tokens, so it cannot be a gate")
 
@@ -182,7 +181,7 @@ class FeatureFires:
         return gathered
 
     def token_scores(self, x: Tensor) -> Tensor:
-        return codes_of(self.sae, [self.feature], x)[..., 0]
+        return codes_of(self.sae, as_features(self.feature), x).amax(dim=-1)
 
     def opens(self, score: Tensor) -> Tensor:
         return _opens(score, self.threshold, self.comparison)

@@ -446,6 +446,32 @@ def test_bad_amounts_are_refused():
         SparseAdd(sae, torch.ones(D_SAE), nonlinearity="tanh")
 
 
+@pytest.mark.parametrize("word", ["standard", "jumprelu", "topk"])
+def test_a_conditional_clamp_is_the_attached_form_and_leaves_other_tokens_alone(word):
+    sae, x = sae_of(word), residual(batch=4)
+    codes = sae.encode(x)
+    features = codes.sum((0, 1)).topk(3).indices.tolist()
+    wanted = codes.clone()
+    on = codes[..., features] > 0.1
+    wanted[..., features] = torch.where(on, -50.0, codes[..., features])
+    change = Clamp(sae, features, -50.0, above=0.1).prepare(**F32)(x)
+    torch.testing.assert_close(change, (wanted - codes) @ sae.W_dec, atol=1e-4, rtol=1e-5)
+    silent = ~on.any(-1)
+    assert silent.any() and on.any()
+    assert torch.equal((x + change)[silent], x[silent])
+    # one feature at a time: a code that is off stays off beside one that is on
+    mixed = on.any(-1) & ~on.all(-1)
+    assert mixed.any()
+
+
+def test_a_conditional_clamp_with_no_condition_to_meet_does_nothing():
+    sae, x = sae_of("standard"), residual()
+    never = Clamp(sae, [1, 2], -50.0, above=1e6).prepare(**F32)(x)
+    assert not never.any()
+    with pytest.raises(ValueError, match="above is inf; it must be a finite number"):
+        Clamp(sae, 1, 0.0, above=float("inf"))
+
+
 def test_edits_that_cannot_be_one_are_refused():
     sae = sae_of("standard")
     with pytest.raises(ValueError, match="these edits belong to different dictionaries"):
