@@ -1,4 +1,4 @@
-"""Features to unlearn with: those that fire on what is to be forgotten and hardly ever elsewhere."""
+"""Features to unlearn with: those that fire on what is to be forgotten and rarely elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def forget_features(
 
     Both tables hold `token_act_freq` (`feature_statistics(..., families=("activation",))` of either
     set: integer counts over tokens without padding and BOS). Kept are features with a retain rate
-    below `retain_below` that fire on the forget texts at all. Fewer than `n` give a warning, none an
+    below `retain_below` that fire on the forget texts at all. Fewer than `n` warn, none are an
     empty selection. Raises ValueError for tables of two dictionaries, or without the column.
     Source: SAEBench's unlearning evaluation (code; the sets' token counts differ there as here).
     """
