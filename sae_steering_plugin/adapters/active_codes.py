@@ -24,6 +24,7 @@ from sae_steering_plugin.adapters.sae_parts import (
     row_norms,
     whole_codes,
 )
+from sae_steering_plugin.features.sieve import ACCUMULATED, OUTPUT, exact_products, floor_bits
 
 COLUMNS = 4096
 """Features per block."""
@@ -49,13 +50,17 @@ class Hits:
 Encoder = Callable[[Float[Tensor, "batch pos d_in"], Bool[Tensor, "batch pos"]], Hits]
 
 
-def active_encoder(sae: Any) -> Encoder:
+def active_encoder(sae: Any, *, sieve: bool = False) -> Encoder:
     """`(x, keep) -> Hits` of the tokens where `keep` is True, in float32, on the SAE's device.
 
     The codes are those of `sae.encode`, in a tenth of its memory traffic; activations within
     rounding of the dictionary's threshold may fall on the other side. Architectures without a
     block-wise rule (matching pursuit, temporal, steering dictionaries, unknown ones) go through
     `encode` itself. Weights are read where they are, not copied, when they are float32.
+
+    `sieve` multiplies ReLU and JumpReLU dictionaries in bfloat16 first and works out in float32
+    whatever could be active given what rounding can do: the same codes. It pays where bfloat16 is
+    several times faster; other architectures take no notice of it.
     """
     word = architecture(sae)
     if word in RANKED:
@@ -63,7 +68,8 @@ def active_encoder(sae: Any) -> Encoder:
     if word == "gated":
         return _by_token(sae, _Gated(sae))
     if word in RECTIFIED | THRESHOLDED:
-        return _by_token(sae, _Pointwise(sae, word in THRESHOLDED))
+        kind = _Sieved if sieve else _Pointwise
+        return _by_token(sae, kind(sae, word in THRESHOLDED))
     return _whole(sae)
 
 
@@ -113,11 +119,16 @@ class _Blocks:
 
     def products(self, x: Tensor) -> Any:
         """(slice of features, x @ W_enc[:, slice]) one after the other; the product is reused."""
-        for first in range(0, self.width, COLUMNS):
-            block = self.encoder[:, first : first + COLUMNS].float()
+        for some in self.slices():
+            block = self.encoder[:, some].float()
             shape = (len(x), block.shape[1])
             out = self.buffer[: shape[0] * shape[1]].view(shape)
-            yield slice(first, first + shape[1]), torch.mm(x, block, out=out)
+            yield some, torch.mm(x, block, out=out)
+
+    def slices(self) -> list[slice]:
+        """The features of every block."""
+        starts = range(0, self.width, COLUMNS)
+        return [slice(first, min(first + COLUMNS, self.width)) for first in starts]
 
 
 def _above(block: Tensor, bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,6 +163,42 @@ class _Pointwise:
             values = block[rows, columns] + offset[columns]
             kept = values > bar[columns]  # the rule itself, in the dictionary's order of summation
             parts.append((rows[kept], columns[kept] + some.start, values[kept]))
+        return _joined(parts)
+
+
+class _Sieved(_Pointwise):
+    """The same codes from a bfloat16 product: what it cannot rule out is multiplied again."""
+
+    def __init__(self, sae: Any, thresholded: bool) -> None:
+        super().__init__(sae, thresholded)
+        sizes = []
+        for some in self.blocks.slices():
+            columns = self.blocks.encoder[:, some].float()
+            off = (columns - columns.bfloat16().float()).norm(dim=0)
+            sizes.append(torch.stack([columns.norm(dim=0), off]))
+        self.length, self.off = torch.cat(sizes, dim=1)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        narrow = x.bfloat16()
+        off = (x - narrow.float()).norm(dim=1).max()
+        longest = x.norm(dim=1).max()
+        slack = off * self.length + (longest + off) * self.off
+        slack = slack + 1.1 * x.shape[1] * ACCUMULATED * longest * self.length
+        parts = []
+        for some in self.blocks.slices():
+            columns = self.blocks.encoder[:, some].float()
+            offset, bar = self.offset[some], self.bar[some]
+            least = (bar - offset - slack[some]).cpu().numpy()
+            block = torch.mm(narrow, columns.bfloat16())
+            hits = block.view(torch.int16).cpu().numpy() >= floor_bits(least * (1 - OUTPUT))
+            if (low := np.flatnonzero(least <= 0)).size:  # bits order non-negative numbers only
+                values = block[:, torch.from_numpy(low).to(block.device)].float().cpu().numpy()
+                hits[:, low] = values >= least[low] * (1 + OUTPUT)
+            tokens, features = np.divmod(np.flatnonzero(hits), hits.shape[1])
+            rows, places = (torch.from_numpy(e).to(x.device) for e in (tokens, features))
+            values = exact_products(x, columns.T.contiguous(), rows, places) + offset[places]
+            kept = values > bar[places]
+            parts.append((rows[kept], places[kept] + some.start, values[kept]))
         return _joined(parts)
 
 

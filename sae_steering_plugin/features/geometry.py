@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_steering_plugin.features.largest import Largest, sample_bars
+from sae_steering_plugin.features.sieve import SievedProduct
 from sae_steering_plugin.types import SMALLEST_NORM
 
 CROWDING_K = 20
@@ -37,41 +38,91 @@ def nearest_rows(
     k: int,
     *,
     features: Int[Tensor, " chosen"] | None = None,
+    sieve: bool = False,
     progress: bool = False,
 ) -> tuple[Float[Tensor, "chosen k"], Int[Tensor, "chosen k"]]:
     """The k largest |cosines| of each row with the *other* rows, descending, and which rows.
 
     `unit` holds unit rows (and zero rows, whose cosines are 0). A duplicate row is a neighbour at
-    cosine 1, the row itself never. Values are those of one float32 matrix product; equal values go
-    to the smaller row. Cost: the product, 2 rows^2 d operations, and about a tenth. Raises
-    ValueError when k is not between 1 and the number of other rows.
+    cosine 1, the row itself never. Values are those of a float32 product; equal values go to the
+    smaller row. With all rows asked for each pair is multiplied once: half the product, rows^2 d
+    operations; with some `features`, all pairs of theirs.
+
+    `sieve` multiplies in bfloat16 and works out again, in float32, every pair that could be among
+    the largest given what rounding can do (`sieve.py`): the same lists, to rounding of a sum. It
+    pays where bfloat16 products are several times faster. Raises ValueError when k is not between 1
+    and the number of other rows.
     """
     n = len(unit)
     if not 1 <= k < n:
         raise ValueError(f"k is {k}; each of {n} rows has {n - 1} others")
-    chosen = torch.arange(n) if features is None else features.cpu()
+    product = SievedProduct(unit) if sieve else ExactProduct(unit)
     sampled = unit[torch.linspace(0, n - 1, min(SAMPLED, n)).long()]
-    values, indices = [], []
-    buffer = torch.empty(min(ROWS, len(chosen)) * min(COLUMNS, n), device=unit.device)
-    for some in tqdm(chosen.split(ROWS), desc="geometry", unit="block", disable=not progress):
-        rows = unit[some.to(unit.device)]
-        found = Largest(k, sample_bars((rows @ sampled.T).abs(), k + 1, n))
-        for first in range(0, n, COLUMNS):
-            others = unit[first : first + COLUMNS]
-            block = buffer[: len(rows) * len(others)].view(len(rows), len(others))
-            torch.mm(rows, others.T, out=block)
-            found.offer(_without_self(block.abs_(), some, first), first)
-        best, which, short = found.result()
-        if len(short):
-            exact = _without_self((rows[short] @ unit.T).abs(), some[short], 0)
-            repaired = torch.from_numpy(exact).sort(dim=1, descending=True, stable=True)
-            best[short], which[short] = repaired.values[:, :k], repaired.indices[:, :k]
-        values.append(best)
-        indices.append(which)
+    blocks = (torch.arange(n) if features is None else features.cpu()).split(ROWS)
+
+    def begun(some: Tensor) -> Largest:
+        sample = (unit[some.to(unit.device)] @ sampled.T).abs()
+        return Largest(k, sample_bars(sample, k + 1, n))
+
+    bar = tqdm(total=len(blocks), desc="geometry", unit="block", disable=not progress)
+    with bar:
+        if features is not None:
+            done = []
+            for some in blocks:
+                found = begun(some)
+                for first in range(0, n, COLUMNS):
+                    product.offer(some, first, min(first + COLUMNS, n), found)
+                done.append(_finished(found, unit, some))
+                bar.update()
+        else:
+            lists = [begun(some) for some in blocks]
+            for i, some in enumerate(blocks):
+                for j in range(i, len(blocks)):
+                    first, stop = int(blocks[j][0]), int(blocks[j][-1]) + 1
+                    product.offer(some, first, stop, lists[i], lists[j] if j > i else None)
+                bar.update()
+            done = [_finished(f, unit, some) for f, some in zip(lists, blocks, strict=True)]
+    values, indices = zip(*done, strict=True)
     return torch.cat(values), torch.cat(indices)
 
 
-def _without_self(block: Tensor, rows: Tensor, first: int) -> np.ndarray:
+def _finished(found: Largest, unit: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
+    """The lists of some rows, with those that came out short worked out exactly."""
+    best, which, short = found.result()
+    if len(short):
+        rows = unit[some[short].to(unit.device)]
+        exact = without_self((rows @ unit.T).abs(), some[short], 0)
+        repaired = torch.from_numpy(exact).sort(dim=1, descending=True, stable=True)
+        best[short], which[short] = (
+            repaired.values[:, : best.shape[1]],
+            repaired.indices[:, : best.shape[1]],
+        )
+    return best, which
+
+
+class ExactProduct:
+    """|Cosines| of two blocks of rows in float32, offered to the lists of both."""
+
+    def __init__(self, unit: Float[Tensor, "row d"]) -> None:
+        self.unit = unit
+        self.buffer = torch.empty(0, device=unit.device)
+
+    def offer(
+        self, some: Tensor, first: int, stop: int, rows: Largest, columns: Largest | None = None
+    ) -> None:
+        """Rows `some` against rows `first` to `stop`; `columns` are the lists of the latter."""
+        size = len(some) * (stop - first)
+        if len(self.buffer) < size:
+            self.buffer = torch.empty(size, device=self.unit.device)
+        block = self.buffer[:size].view(len(some), stop - first)
+        torch.mm(self.unit[some.to(self.unit.device)], self.unit[first:stop].T, out=block)
+        cosines = without_self(block.abs_(), some, first)
+        rows.offer(cosines, first)
+        if columns is not None:
+            columns.offer_columns(cosines, int(some[0]))
+
+
+def without_self(block: Tensor, rows: Tensor, first: int) -> np.ndarray:
     """The block in which no row meets itself: those entries are -1, below any |cosine|."""
     inside = (rows >= first) & (rows < first + block.shape[1])
     block[inside.nonzero().flatten(), (rows[inside] - first)] = -1.0
@@ -118,12 +169,15 @@ def geometry_columns(
     features: Int[Tensor, " chosen"],
     *,
     k: int = CROWDING_K,
+    sieve: bool = False,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """The columns of `runs.feature_tables.decoder_geometry`, for `features` among all `rows`."""
     unit = unit_rows(rows.float())
     norms = rows.float().norm(dim=1)
-    near, which = nearest_rows(unit, k, features=features, progress=progress)
+    everything = len(features) == len(rows) and bool((features == torch.arange(len(rows))).all())
+    asked = None if everything else features
+    near, which = nearest_rows(unit, k, features=asked, sieve=sieve, progress=progress)
     mean, variance = cosine_moments(unit)
     chosen = features.to(rows.device)
     missing = torch.full((len(features),), torch.nan)

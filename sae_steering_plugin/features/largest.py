@@ -44,8 +44,29 @@ class Largest:
             return
         rows, columns = np.divmod(flat, block.shape[1])
         values = block.reshape(-1)[flat]
-        self._keys.append(_packed(rows, values if sign > 0 else -values, columns + first))
-        self._held += len(flat)
+        self._keep(rows, columns + first, values if sign > 0 else -values)
+
+    def offer_columns(self, block: Float[np.ndarray, "column row"], first: int) -> None:
+        """The same of a transposed block: its columns are this matrix's rows, its rows the columns
+        `first` and on."""
+        flat = np.flatnonzero(block >= self.bars)
+        if len(flat):
+            columns, rows = np.divmod(flat, block.shape[1])
+            self._keep(rows, columns + first, block.reshape(-1)[flat])
+
+    def take(
+        self,
+        rows: Int[np.ndarray, " entry"],
+        columns: Int[np.ndarray, " entry"],
+        values: Float[np.ndarray, " entry"],
+    ) -> None:
+        """Look at single entries; each may be taken once."""
+        above = values >= self.bars[rows]
+        self._keep(rows[above], columns[above], values[above])
+
+    def _keep(self, rows: np.ndarray, columns: np.ndarray, values: np.ndarray) -> None:
+        self._keys.append(_packed(rows, values, columns))
+        self._held += len(rows)
         if self._held > self._cut_at:
             self._cut()
 

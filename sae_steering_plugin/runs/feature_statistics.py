@@ -27,6 +27,7 @@ from sae_steering_plugin.adapters.activations import (
     padded,
 )
 from sae_steering_plugin.adapters.active_codes import Encoder, active_encoder
+from sae_steering_plugin.adapters.narrow_products import sieving
 from sae_steering_plugin.adapters.reading import reading
 from sae_steering_plugin.adapters.sae_lens import sae_id
 from sae_steering_plugin.adapters.sae_parts import site_names
@@ -72,12 +73,15 @@ class FeatureRecorder:
     codes: ActiveCodes | None
 
     @classmethod
-    def of(cls, sae: Any, *, top: int = 0, together: bool = True) -> FeatureRecorder:
-        """A recorder that has seen nothing; `together=False` leaves co-activation out."""
+    def of(
+        cls, sae: Any, *, top: int = 0, together: bool = True, sieve: bool = False
+    ) -> FeatureRecorder:
+        """A recorder that has seen nothing; `together=False` leaves co-activation out. For `sieve`
+        see `active_encoder`."""
         n = int(sae.W_dec.shape[0])
         codes = ActiveCodes(n) if together else None
         tokens, finals = FeatureStream.empty(n, top=top), FeatureStream.empty(n)
-        return cls(sae, active_encoder(sae), tokens, finals, codes)
+        return cls(sae, active_encoder(sae, sieve=sieve), tokens, finals, codes)
 
     def see(
         self,
@@ -220,6 +224,7 @@ def feature_statistics(
     prepend_bos: bool | None = None,
     max_tokens: int | None = None,
     batch_size: int = 16,
+    sieve: bool | None = None,
     file: str | Path | None = None,
     save_every: int = 64,
     progress: bool = True,
@@ -240,7 +245,9 @@ def feature_statistics(
     A feature that is never active keeps its row; what is undefined for it is NaN, and
     `settings["dead"]` counts such features. `top` adds the largest activations and their tokens
     (`text * settings["longest"] + position`). With `file` the pass is saved every `save_every`
-    batches; the same call goes on from there and gives the same table bit for bit.
+    batches; the same call goes on from there and gives the same table bit for bit. `sieve`
+    multiplies in bfloat16 first (`active_encoder`, `decoder_geometry`); None decides by how fast
+    this machine is at it.
 
     Memory does not grow with the data but for co-activation. Nothing is steered. Raises ValueError
     for an unknown family, no data, an SAE of another width, a text that is empty or too long, and a
@@ -254,8 +261,9 @@ def feature_statistics(
     if {"activation", "coactivation"} & set(families):
         passed = _Pass(model, sae, _texts(model, sae, data, real, prepend_bos, max_tokens))
         together = "coactivation" in families
+        narrow = sieving(sieve, sae.W_dec.device)
         recorder = passed.run(
-            FeatureRecorder.of(sae, top=top, together=together),
+            FeatureRecorder.of(sae, top=top, together=together, sieve=narrow),
             counted_together,
             batch_size,
             None if file is None else Path(file),
@@ -263,11 +271,12 @@ def feature_statistics(
             progress,
         )
         columns, settings = recorder.columns(panel=panel)
+        settings["sieve"] = narrow
         if "activation" not in families:
             columns = {name: v for name, v in columns.items() if name.startswith("coact_")}
         table = table.join(table_of(sae, everything, columns, {**settings, **passed.settings()}))
     if "geometry" in families:
-        table = table.join(decoder_geometry(sae, progress=progress))
+        table = table.join(decoder_geometry(sae, sieve=sieve, progress=progress))
     if "logit" in families:
         table = table.join(logit_footprint(model, sae, top=0, progress=progress))
     return table

@@ -21,6 +21,9 @@ ARCHITECTURES = [
     ("matching_pursuit", {}),
     ("temporal", {}),
     ("steering", {}),
+    ("transcoder", {"apply_b_dec_to_input": False, "d_out": 24}),
+    ("skip_transcoder", {"apply_b_dec_to_input": False, "d_out": D_MODEL}),
+    ("jumprelu_transcoder", {"apply_b_dec_to_input": False, "d_out": 24}),
 ]
 
 
@@ -33,6 +36,31 @@ def dense_of(hits, d_sae):
     return out
 
 
+SIEVED = [(word, options) for word, options in ARCHITECTURES if word in ("standard", "jumprelu")]
+TRANSCODER = {"apply_b_dec_to_input": False, "d_out": 24}
+SIEVED += [("transcoder", TRANSCODER), ("jumprelu_transcoder", TRANSCODER)]
+
+
+@pytest.mark.parametrize("columns", [4096, 7], ids=["one", "many"])
+@pytest.mark.parametrize("word,options", SIEVED, ids=lambda x: str(x))
+def test_a_sieve_loses_no_code_and_adds_none(word, options, columns, monkeypatch):
+    monkeypatch.setattr(active_codes, "COLUMNS", columns)
+    sae = tiny_sae(word, **options)
+    with torch.no_grad():
+        sae.b_dec.copy_(torch.linspace(-0.3, 0.3, len(sae.b_dec)))
+        sae.b_enc.copy_(torch.linspace(-2, 2, len(sae.b_enc)))  # bars on both sides of zero
+    x = 3 * torch.randn(4, 50, D_MODEL, generator=torch.Generator().manual_seed(0))
+    keep = torch.ones(4, 50, dtype=torch.bool)
+    plain, sieved = (active_encoder(sae, sieve=sieve)(x, keep) for sieve in (False, True))
+    one, other = dense_of(plain, len(sae.b_enc)), dense_of(sieved, len(sae.b_enc))
+    assert one.any() and not one.all()
+    differ = (one > 0) != (other > 0)
+    bar = sae.threshold.clamp_min(0) if "jumprelu" in word else torch.zeros(len(sae.b_enc))
+    # on one side only where the code is within rounding of the threshold
+    assert (torch.maximum(one, other) - bar)[differ].abs().lt(1e-5).all()
+    torch.testing.assert_close(one[~differ], other[~differ], rtol=1e-5, atol=5e-6)
+
+
 @pytest.mark.parametrize("blocks", [(4096, 1024, 1024), (7, 5, 8)], ids=["one", "many"])
 @pytest.mark.parametrize("word,options", ARCHITECTURES, ids=lambda x: str(x))
 def test_the_hits_are_the_codes_that_encode_gives(word, options, blocks, monkeypatch):
@@ -40,7 +68,7 @@ def test_the_hits_are_the_codes_that_encode_gives(word, options, blocks, monkeyp
         monkeypatch.setattr(active_codes, name, value)
     sae = tiny_sae(word, **options)
     with torch.no_grad():
-        sae.b_dec.copy_(torch.linspace(-0.3, 0.3, D_MODEL))
+        sae.b_dec.copy_(torch.linspace(-0.3, 0.3, len(sae.b_dec)))
     x = torch.randn(3, 11, D_MODEL, generator=torch.Generator().manual_seed(0))
     keep = torch.ones(3, 11, dtype=torch.bool)
     keep[0, :4] = keep[2, -2:] = False

@@ -34,6 +34,22 @@ def test_the_nearest_rows_are_those_of_the_dense_product(blocks, monkeypatch):
     torch.testing.assert_close(size.gather(1, which), exact.values, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("sieve", [False, True])
+@pytest.mark.parametrize("some", [False, True])
+def test_every_way_to_multiply_gives_the_same_lists(some, sieve, monkeypatch):
+    monkeypatch.setattr(geometry, "ROWS", 64)
+    monkeypatch.setattr(geometry, "COLUMNS", 50)
+    rows = unit_rows(rows_of(d=24))
+    rows[7], rows[11] = rows[2], 0
+    chosen = torch.arange(0, 300, 7) if some else None
+    found, which = nearest_rows(rows, 20, features=chosen, sieve=sieve)
+    size = cosines(rows).abs().fill_diagonal_(-1)[slice(None) if chosen is None else chosen]
+    exact = size.topk(20, dim=1).values
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=5e-7)
+    torch.testing.assert_close(size.gather(1, which), exact, rtol=0, atol=5e-7)
+    assert all(len(set(row)) == 20 for row in which.tolist())
+
+
 def test_rows_that_fall_short_of_a_wrong_bar_are_worked_out_exactly(monkeypatch):
     rows = unit_rows(rows_of())
     expected = nearest_rows(rows, 5)
