@@ -2,6 +2,10 @@
 
 `load_organism("agent-gpt2")` gives the model, its SAEs, its tokenizer and its world. The weights
 lie in `organisms/data/`; `python -m sae_steering_plugin.organisms.train NAME --out DIR` makes them.
+
+Beside them `load_organism("calendar-gpt2")` gives a far smaller model of two circular concepts and
+a planted set of memorised strings (`organisms.calendar`, made by `organisms.train_calendar`). It is
+no agent and not in `list_organisms()`.
 """
 
 from __future__ import annotations
@@ -16,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from .world import World
-
 __all__ = ["Organism", "data_folder", "list_organisms", "load_organism"]
 
 DATA = Path(__file__).resolve().parent / "data"
+CALENDAR = "calendar-gpt2"
+CALENDAR_DATA = DATA.parent / "calendar_data"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +32,14 @@ class Organism:
     """An embedded model with everything that was made for it.
 
     `model` is a `SAETransformerBridge` in eval mode, `saes` maps names to SAELens SAEs (the primary
-    one first), `world` is the generator it was trained on, `card` what the recipe measured.
+    one first), `world` is the generator it was trained on (a `World`; a `Calendar` for
+    "calendar-gpt2"), `card` what the recipe measured.
     """
 
     name: str
     model: Any
     saes: Mapping[str, Any]
-    world: World
+    world: Any
     tokenizer: Any
     card: Mapping[str, Any]
 
@@ -73,7 +78,7 @@ class Organism:
 
 
 def list_organisms() -> list[str]:
-    """The names that `load_organism` takes."""
+    """The agents that `load_organism` takes by name."""
     return sorted(folder.parent.name for folder in DATA.glob("*/config.json"))
 
 
@@ -82,12 +87,12 @@ def data_folder(name: str) -> Path:
 
     Raises ValueError that lists the known names.
     """
-    names = list_organisms()
+    names = [*list_organisms(), CALENDAR]
     if name not in names:
         near = get_close_matches(name, names, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"no organism {name!r}{hint}; embedded are {', '.join(names) or 'none'}")
-    return DATA / name
+        raise ValueError(f"no organism {name!r}{hint}; embedded are {', '.join(names)}")
+    return CALENDAR_DATA if name == CALENDAR else DATA / name
 
 
 def load_organism(
@@ -117,6 +122,7 @@ def read_organism(
 
     from ..adapters.sae_lens import load_sae
     from ..adapters.transformer_lens import load_model
+    from .calendar import Calendar
     from .world import World
 
     dtype = torch.float32 if dtype is None else dtype
@@ -128,7 +134,8 @@ def read_organism(
         raise ValueError(f"{folder.name} has no SAE {missing[0]!r}; it has {', '.join(known)}")
     model = load_model(str(folder), device=device, dtype=dtype)
     loaded = {one: load_sae(folder / "saes" / one, device=device, dtype=dtype) for one in wanted}
-    world = World(seed=int(card.get("world_seed", 0)))
+    generator = Calendar if card.get("world") == "calendar" else World
+    world = generator(seed=int(card.get("world_seed", 0)))
     name = str(card.get("name", folder.name))
     return Organism(name, model, loaded, world, model.tokenizer, card)
 
