@@ -23,6 +23,8 @@ from .pooled import PooledCodes
 from .scores import label_table
 
 CG_STEPS = 200
+LARGEST_ROUGH = 1e12
+"""Inner products of texts beyond which float32 could overflow in a sum of squares."""
 HALVINGS = 30
 SUFFICIENT = 1e-4
 """Armijo's constant: a step must gain this share of what the slope promises."""
@@ -78,8 +80,7 @@ def fit_probes(
     if inverse_penalty <= 0:
         raise ValueError(f"inverse_penalty is {inverse_penalty}; it must be positive")
     matrix = codes.matrix().tocsr()
-    gram = np.asarray((matrix @ matrix.T).todense())
-    state = _Fit(gram, table, inverse_penalty)
+    state = _Fit(gram_of(matrix), table, inverse_penalty)
     done = state.run(tolerance, iterations)
     if not done:
         warnings.warn(
@@ -98,16 +99,29 @@ def fit_probes(
     )
 
 
+def gram_of(matrix: Any, blocks: int = 8) -> Float[np.ndarray, "example example"]:
+    """A A' of sparse rows, dense; only blocks on and above the diagonal are computed."""
+    n = matrix.shape[0]
+    bounds = np.linspace(0, n, blocks + 1).astype(int)
+    pieces = [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+    found = np.empty((n, n))
+    for i, rows in enumerate(pieces):
+        for columns in pieces[i:]:
+            found[rows, columns] = (matrix[rows] @ matrix[columns].T).toarray()
+            found[columns, rows] = found[rows, columns].T
+    return found
+
+
 class _Fit:
     """Truncated Newton over all concepts at once, a column each: w = A' alpha, f = K alpha + b.
 
     The gradient in w is A'(alpha + C (p - y)), so r = alpha + C (p - y) stands for it in example
-    space, and inner products of w's are taken through K. Each step of conjugate gradients costs one
-    product with K; concepts that are done leave it.
+    space, and inner products of w's are taken through K. Concepts that are done leave it.
     """
 
     def __init__(self, gram: np.ndarray, y: np.ndarray, inverse_penalty: float) -> None:
         self.gram, self.y, self.c = gram, y, inverse_penalty
+        self.rough = gram.astype(np.float32) if np.abs(gram).max() < LARGEST_ROUGH else gram
         self.alpha = np.zeros(y.shape)
         self.image = np.zeros(y.shape)  # K alpha
         share = y.mean(axis=0)
@@ -150,8 +164,10 @@ class _Fit:
         forcing: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Conjugate gradients on (1 + C A' D A) dw = -gradient: d alpha, K d alpha, d intercept."""
-        left, k_left, b_left = -r, -kr, -slope
-        step, k_step, b_step = np.zeros_like(r), np.zeros_like(r), np.zeros_like(slope)
+        left, k_left, b_left, bend, forcing = (
+            one.astype(np.float32) for one in (-r, -kr, -slope, bend, forcing)
+        )
+        step, b_step = np.zeros_like(left), np.zeros_like(b_left)
         p, kp, bp = left, k_left, b_left
         size = (left * k_left).sum(axis=0) + b_left**2
         goal = forcing**2 * size
@@ -162,16 +178,17 @@ class _Fit:
             going = (size > goal) & (curvature > 0)
             if not going.any():
                 break
-            length = np.where(going, size / np.where(going, curvature, 1.0), 0.0)
-            step, k_step, b_step = step + length * p, k_step + length * kp, b_step + length * bp
+            length = np.where(going, size / np.where(going, curvature, 1), 0)
+            step, b_step = step + length * p, b_step + length * bp
             left = left - length * (p + curved)
             b_left = b_left - length * curved.sum(axis=0)
-            k_left = self.gram @ left
+            k_left = self.rough @ left
             new = np.maximum((left * k_left).sum(axis=0), 0.0) + b_left**2
             turn = np.where(going, new / np.where(size > 0, size, 1.0), 0.0)
             p, kp, bp = left + turn * p, k_left + turn * kp, b_left + turn * bp
             size = np.where(going, new, size)
-        return step, k_step, b_step
+        exact = step.astype(np.float64)
+        return exact, self.gram @ exact, b_step.astype(np.float64)
 
     def _search(
         self,

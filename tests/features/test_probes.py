@@ -42,6 +42,24 @@ def test_with_both_at_their_defaults_the_objective_is_not_above_scikit_learn_s(s
         assert float(found.objective[concept]) <= value * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-2, 1e2])
+def test_the_unit_of_the_codes_does_not_move_the_optimum(scale):
+    table, labels = drawn(80, 40)
+    one = fit_probes(pooled(table), labels, tolerance=1e-6)
+    other = fit_probes(pooled(table * scale), labels, inverse_penalty=scale**-2, tolerance=1e-6)
+    assert other.converged
+    assert torch.allclose(other.objective * scale**2, one.objective, rtol=1e-6, atol=0)
+
+
+def test_codes_beyond_the_squares_of_float32_are_fitted_too():
+    table, labels = drawn(80, 40)
+    found = fit_probes(pooled(table * 1e10), labels, inverse_penalty=1e-20, tolerance=1e-6)
+    assert found.converged and torch.isfinite(found.weights).all()
+    share = labels.mean(0)
+    flat = -80e-20 * (share * np.log(share) + (1 - share) * np.log(1 - share))  # at w = 0
+    assert (found.objective.numpy() < 0.95 * flat).all()
+
+
 def test_logits_are_codes_times_weights():
     table, labels = drawn()
     found = fit_probes(pooled(table), labels, concepts=["a", "b", "c"])

@@ -25,9 +25,22 @@ def test_stored_values_and_zeros_have_scipy_s_ranks(table):
     for feature, column in enumerate(table.T):
         expected = rankdata(column)
         inside = slice(int(codes.starts[feature]), int(codes.starts[feature + 1]))
-        assert np.array_equal(ranks.stored[inside], expected[codes.examples[inside].numpy()])
+        found = ranks.lift[inside] + ranks.zero[feature]
+        assert np.array_equal(found, expected[codes.examples[inside].numpy()])
         if (column == 0).any():
             assert ranks.zero[feature] == expected[column == 0][0]
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_keys_without_room_for_a_place_are_sorted_alike(signed):
+    rng = np.random.default_rng(0)
+    counts = np.array([3, 0, 2000, 5])
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    values = rng.integers(1, 9, counts.sum()).astype(np.float32)
+    values *= np.where(rng.random(len(values)) < 0.3 * signed, -1, 1).astype(np.float32)
+    wide = np.concatenate([starts, np.full(2**20, starts[-1])])  # room 11 + 32 + 21 bits: too many
+    few, many = (mid_ranks(values, one, 2500) for one in (starts, wide))
+    assert np.array_equal(few.lift, many.lift) and np.array_equal(few.zero, many.zero[:4])
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2))
