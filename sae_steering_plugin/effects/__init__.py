@@ -2,6 +2,7 @@
 
 from .agreement import Agreement, agreement
 from .axis import Axis, VectorGeometry, behaviour_axis, vector_axis
+from .belief import BeliefCurve, BeliefFit, fit_belief, observed_crossover
 from .compare import compare
 from .contrast import (
     Interval,
@@ -34,6 +35,8 @@ from .tiers import Tier, TierRules, evidence_tier
 __all__ = [
     "Agreement",
     "Axis",
+    "BeliefCurve",
+    "BeliefFit",
     "CrossTraitMatrix",
     "DoseReading",
     "Interval",
@@ -56,6 +59,7 @@ __all__ = [
     "dose_reading",
     "effect",
     "evidence_tier",
+    "fit_belief",
     "hedges_g",
     "holm",
     "mann_whitney",
@@ -64,6 +68,7 @@ __all__ = [
     "mean_interval",
     "mirrored",
     "moved_wrong",
+    "observed_crossover",
     "paired_d",
     "paired_permutation",
     "paired_power",
