@@ -28,9 +28,9 @@ def jumprelu(d_in: int, d_sae: int, x: Tensor, *, hook_name: str, l0: int = 64) 
         for first in range(0, d_sae, 4096):
             pre = x @ sae.W_enc[:, first : first + 4096]
             rates = torch.randn(pre.shape[1], generator=generator).exp()
-            rates = (rates * l0 / d_sae / rates.mean()).clamp(1 / len(x), 0.5)
-            place = (len(x) * (1 - rates)).long().clamp(0, len(x) - 1)
-            bars = pre.sort(dim=0).values.gather(0, place[None])[0]
+            rates = (rates * l0 / d_sae / rates.mean()).clamp(max=0.5)
+            # rates below one in len(x) have no order statistic: take the normal quantile
+            bars = pre.mean(0) + pre.std(0) * torch.special.ndtri(1 - rates.double()).float()
             sae.threshold[first : first + 4096] = bars.clamp_min(1e-3)
     return sae.eval()
 

@@ -2,11 +2,12 @@
 
 `python -m benchmarks.geometry [--quick] [--json FILE]`
 
-Rows 5a and 5d of the target table, and the cosine half of 6c. The floor is the blocked float32
+Rows 5a to 5d of the target table, and the cosine half of 6c. The floor is the blocked float32
 product of all rows with all rows, timed beside; the naive way is that product with `topk` per
 block. At 65k and 131k features only some blocks of rows are computed (each against every row), and
-the time of both ways is for those. The bfloat16 sieve (5c) and the symmetric product (5b) are not
-built: the notes' calibration asks for AMX, which the ceilings printed here decide.
+the time of both ways is for those. Each pair once (5b) needs all rows: at 16,384 of them it runs
+whole, and `decoder_geometry` works so at any width. The target of the bfloat16 sieve (5c) is for
+machines with AMX; the ceilings below the table say what this one does, and the row what came of it.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ def measure(report: Report) -> None:
             "ours": whole(lambda r=rows, s=some: nearest_rows(r, K, features=s)),
             "GEMM": whole(lambda r=rows, s=some: products(r, s, lambda *_: None)),
             "topk": whole(lambda r=rows, s=some: dense(r, s)),
+            "sieve": whole(lambda r=rows, s=some: nearest_rows(r, K, features=s, sieve=True)),
         }
+        sieved, _ = nearest_rows(rows, K, features=some, sieve=True)
+        near = report.agree(f"sieved neighbours at {width}", sieved, ours, 1e-6)
 
         def timed(variants: dict[str, Any] = variants) -> timing.Times:
             return interleaved(variants, rounds=rounds)
@@ -78,6 +82,9 @@ def measure(report: Report) -> None:
         what = f"nearest rows at {width}, over the blocked product"
         report.compare("5a", what, times, "ours", "GEMM", target=target, error=error, shapes=shapes)
         report.compare("5a", f"dense topk at {width}, the same", times, "topk", "GEMM")
+        what = f"bfloat16 sieve at {width}, over the blocked float32 product"
+        amx = {32_768: 0.45, 131_072: 0.30}.get(width)
+        report.compare("5c", what, times, "sieve", "GEMM", target=amx, error=near, shapes=shapes)
         if width == widths[-1]:
             used = peak_of(lambda r=rows, s=some: nearest_rows(r, K, features=s))
             what = f"memory beyond the dictionary at {width}, in units of 500 MB"
@@ -88,6 +95,7 @@ def measure(report: Report) -> None:
             share = moments.seconds("moments") / seconds["GEMM"][-1]
             what = f"mean and variance of all cosines at {width}, over the whole product (scaled)"
             report.add("6c", what, share, target=0.05, shapes=f"{width} x {D}")
+    _each_pair_once(report)
     mean, variance = cosine_moments(unit(2048, D))
     full = (unit(2048, D).double() @ unit(2048, D).double().T).fill_diagonal_(torch.nan)
     report.agree("mean of cosines", mean, full.nanmean(1), 1e-7)
@@ -98,5 +106,31 @@ def measure(report: Report) -> None:
         report.add("5a", f"growth of {name} in the width", growth, exponent=growth)
 
 
+def _each_pair_once(report: Report) -> None:
+    """All rows at a width that can be run whole: half the product, with the sieve and without."""
+    width = 4096 if report.quick else 16_384
+    rows, everything = unit(width, D), torch.arange(width)
+    plain, _ = nearest_rows(rows, K, features=everything)
+    found = {sieve: nearest_rows(rows, K, sieve=sieve)[0] for sieve in (False, True)}
+    errors = {
+        sieve: report.agree(f"each pair once, sieve {sieve}", values, plain, 1e-6)
+        for sieve, values in found.items()
+    }
+    variants: dict[str, Any] = {
+        "once": whole(lambda: nearest_rows(rows, K)),
+        "sieve": whole(lambda: nearest_rows(rows, K, sieve=True)),
+        "GEMM": whole(lambda: products(rows, everything, lambda *_: None)),
+    }
+    times = interleaved(variants, rounds=3)
+    shapes = f"all of {width} rows x {D}, k = {K}"
+    for row, what, name, target, sieve in (
+        ("5b", "each pair once, over the whole product", "once", 0.75, False),
+        ("5c", "each pair once and sieved, the same", "sieve", None, True),
+    ):
+        report.compare(
+            row, what, times, name, "GEMM", target=target, error=errors[sieve], shapes=shapes
+        )
+
+
 if __name__ == "__main__":
-    timing.main("geometry", measure, full_size=("5a", "5d", "6c"))
+    timing.main("geometry", measure, full_size=("5a", "5b", "5c", "5d", "6c"))

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-PAYS = 3.0
+PAYS = 1.5
 """How many times faster than float32 a product has to be: sieving leaves pairs to work out again.
 With AMX it is 6 to 7 times, with AVX512_BF16 alone it is slower (performance notes, section 0)."""
 

@@ -7,6 +7,8 @@ which come the float32 accumulation (d 2^-24) and the rounding of the product to
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -19,9 +21,6 @@ OUTPUT = 2.0**-8
 
 ACCUMULATED = 2.0**-24
 """Relative rounding of one float32 addition; a product of length d has d of them."""
-
-PAIRS = 8192
-"""Pairs worked out at once."""
 
 
 def rounded(rows: Float[Tensor, "row d"]) -> tuple[Tensor, Float[Tensor, " row"]]:
@@ -77,8 +76,9 @@ class SievedProduct:
         itself = some.numpy()[place] == other + first
         place, other = place[~itself], other[~itself]
         self.survivors += len(place)
-        pairs = here[torch.from_numpy(place).to(device)], torch.from_numpy(other + first).to(device)
-        values = exact_products(self.unit, self.unit, *pairs).abs_().cpu().numpy()
+        pairs = (torch.from_numpy(numbers).to(device) for numbers in (place, other))
+        sides = self.unit[here], self.unit[first:stop]
+        values = exact_products(*sides, *pairs).abs_().cpu().numpy()
         rows.take(place, other + first, values)
         if columns is not None:
             columns.take(other, place + int(some[0]), values)
@@ -90,9 +90,13 @@ def exact_products(
     rows: Int[Tensor, " pair"],
     columns: Int[Tensor, " pair"],
 ) -> Float[Tensor, " pair"]:
-    """`one[rows] . other[columns]`, pair by pair in float32, a few thousand at a time."""
-    parts = [
-        torch.linalg.vecdot(one[a], other[b])
-        for a, b in zip(rows.split(PAIRS), columns.split(PAIRS), strict=True)
-    ]
-    return torch.cat(parts)
+    """`one[rows] . other[columns]`, pair by pair in float32; `rows` do not fall."""
+    starts = torch.zeros(len(one) + 1, dtype=torch.long, device=rows.device)
+    starts[1:] = torch.bincount(rows, minlength=len(one)).cumsum(0)
+    nothing = torch.zeros(len(rows), device=one.device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        asked = torch.sparse_csr_tensor(
+            starts, columns, nothing, size=(len(one), len(other)), check_invariants=False
+        )
+    return torch.sparse.sampled_addmm(asked, one, other.T, beta=0.0).values()

@@ -71,6 +71,7 @@ class FeatureRecorder:
     tokens: FeatureStream
     finals: FeatureStream
     codes: ActiveCodes | None
+    sieve: bool = False
 
     @classmethod
     def of(
@@ -81,7 +82,7 @@ class FeatureRecorder:
         n = int(sae.W_dec.shape[0])
         codes = ActiveCodes(n) if together else None
         tokens, finals = FeatureStream.empty(n, top=top), FeatureStream.empty(n)
-        return cls(sae, active_encoder(sae, sieve=sieve), tokens, finals, codes)
+        return cls(sae, active_encoder(sae, sieve=sieve), tokens, finals, codes, sieve)
 
     def see(
         self,
@@ -131,7 +132,7 @@ class FeatureRecorder:
         if self.codes is not None and other.codes is not None:
             codes = self.codes.merge(other.codes)
         streams = (self.tokens.merge(other.tokens), self.finals.merge(other.finals))
-        return FeatureRecorder(self.sae, self.encode, *streams, codes)
+        return FeatureRecorder(self.sae, self.encode, *streams, codes, self.sieve)
 
     def columns(self, *, panel: int | None = PANEL) -> tuple[dict[str, Any], dict[str, Any]]:
         """The columns of the activation families, and their settings."""
@@ -183,7 +184,7 @@ class FeatureRecorder:
         n = self.tokens.n_features
         codes = None if self.codes is None else ActiveCodes.from_state(part("codes"), n)
         tokens, finals = (FeatureStream.from_state(part(name)) for name in ("tokens", "finals"))
-        return FeatureRecorder(self.sae, self.encode, tokens, finals, codes)
+        return FeatureRecorder(self.sae, self.encode, tokens, finals, codes, self.sieve)
 
 
 @contextmanager
@@ -261,7 +262,8 @@ def feature_statistics(
     if {"activation", "coactivation"} & set(families):
         passed = _Pass(model, sae, _texts(model, sae, data, real, prepend_bos, max_tokens))
         together = "coactivation" in families
-        narrow = sieving(sieve, sae.W_dec.device)
+        narrow = _begun_with(file) if sieve is None else sieve
+        narrow = sieving(narrow, sae.W_dec.device)
         recorder = passed.run(
             FeatureRecorder.of(sae, top=top, together=together, sieve=narrow),
             counted_together,
@@ -442,7 +444,8 @@ class _Pass:
                 bar.update(len(chosen))
                 finished = number + 1
                 if file is not None and (finished % save_every == 0 or finished == len(batches)):
-                    recorder.save(file, {"format": FORMAT, "key": key, "batches": str(finished)})
+                    about = {"format": FORMAT, "key": key, "batches": str(finished)}
+                    recorder.save(file, {**about, "sieve": str(recorder.sieve)})
         return recorder
 
     def _key(self, recorder: FeatureRecorder, together: int, batch_size: int) -> str:
@@ -467,6 +470,17 @@ class _Pass:
                 "file, or remove it"
             )
         return recorder.load(file), int(about["batches"])
+
+
+def _begun_with(file: str | Path | None) -> bool | None:
+    """Whether the pass that `file` holds was sieved; None without one."""
+    if file is None or not Path(file).exists():
+        return None
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        word = (opened.metadata() or {}).get("sieve")
+    return None if word is None else word == "True"
 
 
 def _evenly(wanted: int, total: int) -> Callable[[int], bool]:

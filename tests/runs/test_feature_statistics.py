@@ -115,6 +115,18 @@ def test_a_stopped_pass_goes_on_and_gives_the_same_table(bridge, tmp_path, monke
         quiet(bridge, sae, TEXTS[:-1], batch_size=1, top=2, file=file)
 
 
+def test_a_sieved_pass_gives_the_same_table_and_goes_on_as_it_began(bridge, tmp_path, monkeypatch):
+    sae, file = tiny_sae("jumprelu"), tmp_path / "pass.safetensors"
+    plain, sieved = (quiet(bridge, sae, TEXTS, sieve=sieve) for sieve in (False, True))
+    for name in plain.columns:
+        np.testing.assert_allclose(sieved.table[name], plain.table[name], rtol=1e-5, atol=1e-6)
+    assert (plain.settings["sieve"], sieved.settings["sieve"]) == (False, True)
+    quiet(bridge, sae, TEXTS, sieve=True, file=file)
+    monkeypatch.setattr(module, "sieving", lambda asked, _: bool(asked))  # a slow machine
+    assert quiet(bridge, sae, TEXTS, families=ACTIVATION, file=file).settings["sieve"] is True
+    assert quiet(bridge, sae, TEXTS, families=ACTIVATION).settings["sieve"] is False
+
+
 def test_two_recorders_of_two_halves_merge(bridge):
     sae = tiny_sae()
     halves = []
