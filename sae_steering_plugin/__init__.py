@@ -60,6 +60,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
         cross_trait_matrix,
         dose_reading,
         evidence_tier,
+        fit_belief,
         vector_axis,
     )
     from .features import label_features, score_features
@@ -68,11 +69,19 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from .runs.autonomy import autonomy_protocol, run_autonomy
     from .runs.axbench.evaluation import run_axbench
     from .runs.axbench.files import read_axbench
+    from .runs.belief import belief_grid
     from .runs.calibrate import calibrate_strength
     from .runs.choices import evaluate_choices
     from .runs.collect import collect_contrast, collect_labelled
     from .runs.contrast_files import read_contrast
     from .runs.data_screening import preference_disparity, projection_difference
+    from .runs.export import (
+        export_checkpoint,
+        export_gguf,
+        export_lm_eval,
+        read_gguf,
+        read_lm_eval,
+    )
     from .runs.feature_effects import collect_effects
     from .runs.feature_statistics import coactivation, feature_statistics
     from .runs.feature_tables import decoder_geometry, logit_footprint
@@ -92,6 +101,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from .runs.steering_methods import ConceptData, find_method
     from .runs.updates import update_report, weight_report
     from .runs.validation import validate_selection
+    from .runs.weights import lora_vector, rank_one_edit
     from .types import (
         AFTER_PROMPT,
         ALL,
@@ -121,7 +131,7 @@ _ROOMS: dict[str, str] = {
     "srs_vector sta_vector spare_vector sae_ts_vector fgaa_vector correlation_vector",
     "edits": "Add Clamp Scale Ablate SparseAdd ProjectOut Exchange Gated SimilarTo FeatureFires",
     "effects": "compare cross_trait_matrix behaviour_axis vector_axis dose_reading evidence_tier "
-    "agreement",
+    "agreement fit_belief",
     "features": "label_features score_features",
     "adapters.engine": "generate",
     "adapters.steering": "steer fwd_hooks",
@@ -136,10 +146,12 @@ _ROOMS: dict[str, str] = {
     "runs.autonomy": "autonomy_protocol run_autonomy",
     "runs.axbench.evaluation": "run_axbench",
     "runs.axbench.files": "read_axbench",
+    "runs.belief": "belief_grid",
     "runs.calibrate": "calibrate_strength",
     "runs.choices": "evaluate_choices",
     "runs.collect": "collect_contrast collect_labelled",
     "runs.contrast_files": "read_contrast",
+    "runs.export": "export_checkpoint export_gguf export_lm_eval read_gguf read_lm_eval",
     "runs.feature_effects": "collect_effects",
     "runs.feature_statistics": "coactivation feature_statistics",
     "runs.feature_tables": "decoder_geometry logit_footprint",
@@ -160,6 +172,7 @@ _ROOMS: dict[str, str] = {
     "runs.selection": "select_features",
     "runs.steering_methods": "ConceptData find_method",
     "runs.validation": "validate_selection",
+    "runs.weights": "lora_vector rank_one_edit",
 }
 """Which module each public name lives in. Reading this table imports none of them."""
 
