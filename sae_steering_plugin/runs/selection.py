@@ -54,7 +54,7 @@ NORM_TEXTS = 64
 LEXICON = 12
 """Tokens kept per concept as its lexicon."""
 VARIANTS = {"full": True, "interpretability": False}
-ORDERS = ("score", "output", "product")
+ORDERS = ("score", "equals", "output", "product")
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +228,9 @@ def select_features(
     steered pass. `score` names a score of `score_features` computed on texts pooled by `pooling`
     (firing frequency by default: it favours dense features less than max, but is itself sensitive
     to sparsity; run comparisons of dictionaries with "mean" too). Among the best `candidates`,
-    `order` ranks by that "score", by "output" score, or by "product", the average of both ranks.
+    `order` ranks by that "score", by "output" score, by "product", the average of both ranks, or by
+    "equals": by score, but features at most `within` below the best are equally good, and among
+    them the largest output score comes first (the output score alone is about no concept).
     `prompt`, `strength` and `lens_k` are those of `output_scores`. `codes` (of `collect_codes` on
     these texts, with `needed_poolings(pooling)`) and `causal` spare their passes where they are at
     hand.
@@ -286,7 +288,9 @@ def select_features(
         )
     equals: dict[str, Equals] = {}
     for c in asked:
-        ranked, why = filtered(c, best[c], scored, score, causal, cut=cut, order=order)
+        ranked, why = filtered(
+            c, best[c], scored, score, causal, cut=cut, order=order, within=within
+        )
         if ranked and screen is not None:
             values = scored.scores(c, score).values[ranked].tolist()
             equal = equally_good(ranked, values, within=within)
@@ -314,7 +318,7 @@ def select_features(
         "candidates": candidates,
         "cut": cut if causal is not None else None,
         "k": k,
-        "within": within if screen is not None else None,
+        "within": within if screen is not None or order == "equals" else None,
         "seed": seed,
         "texts": len(texts),
         "splits": dict(Counter(given)),
@@ -387,6 +391,7 @@ def filtered(
     *,
     cut: float,
     order: str,
+    within: float = WITHIN,
 ) -> tuple[list[int], str]:
     """Candidates that pass the cut, in the order asked for, and why none is left, if so."""
     if not features:
@@ -403,6 +408,10 @@ def filtered(
         )
     if order == "score":
         return kept, ""
+    if order == "equals":
+        values = scored.scores(concept, score).values[kept].tolist()
+        equal = equally_good(kept, values, within=within)
+        return sorted(kept, key=lambda f: -output[f] if f in equal else 1.0), ""
     outputs = torch.tensor([output[f] for f in kept])
     ranks = rank_average(outputs)
     if order == "product":

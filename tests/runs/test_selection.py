@@ -60,6 +60,21 @@ def test_orders_with_the_output_score_put_the_cause_first(order):
     assert first(selected(cut=0.0, order=order)) == p.outputs
 
 
+def test_equal_scores_go_to_the_cause_and_unequal_ones_keep_their_order():
+    p = planted()
+    options = {"cut": 0.0, "order": "equals", "k": 30, "candidates": 30}
+    ties = selected(**options, within=0.0)
+    with pytest.warns(UserWarning, match="best for several concepts"):
+        every = selected(**options, within=9.0)  # all are equal: one feature causes most
+    by_score = selected(cut=0.0, k=30, candidates=30)
+    assert first(ties) == p.outputs and first(by_score) == p.inputs
+    for concept, one in ties.selections.items():
+        plain = by_score.selections[concept].features
+        assert one.features[1] == plain[0] and one.features[2:] == plain[2:]
+        outputs = every.selections[concept].scores["output_score"]
+        assert list(outputs) == sorted(outputs, reverse=True)
+
+
 def test_a_random_feature_scores_far_below_the_planted_one():
     p = planted()
     found = selected(variant="interpretability", k=20, candidates=30)
