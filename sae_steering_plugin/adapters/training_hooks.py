@@ -247,11 +247,18 @@ def warn_without_gradients(module: nn.Module, inputs: Any) -> None:  # noqa: ARG
         )
 
 
-def training_callback(model: Model, hooks: TrainingHook | Sequence[TrainingHook]) -> Any:
+def training_callback(
+    model: Model,
+    hooks: TrainingHook | Sequence[TrainingHook],
+    *,
+    measure: Callable[[int], Any] | None = None,
+    every: int = 50,
+) -> Any:
     """A Hugging Face `TrainerCallback` that keeps the hooks on `model` while it is trained.
 
     `model` is the bridge; the trainer gets `model.original_model`, in which the bridge's hook
-    points live. The hooks come off when training ends or `callback.close()` is called.
+    points live. `measure(step)`, such as that of `runs.updates.Leak`, is called after every `every`
+    steps with the hooks off. The hooks come off when training ends or `callback.close()` is called.
     """
     from transformers import TrainerCallback
 
@@ -259,14 +266,31 @@ def training_callback(model: Model, hooks: TrainingHook | Sequence[TrainingHook]
         def __init__(self) -> None:
             self.stack = ExitStack()
             self.live: list[LiveHook] = []
+            self.off = True
 
         def on_train_begin(self, *arguments: Any, **named: Any) -> None:  # noqa: ARG002
             self.live = self.stack.enter_context(training_hooks(model, hooks))
+            self.off = False
+
+        def on_step_begin(self, *arguments: Any, **named: Any) -> None:  # noqa: ARG002
+            if self.off:
+                self.on_train_begin()
+
+        def on_step_end(self, args: Any, state: Any, *others: Any, **named: Any) -> None:  # noqa: ARG002
+            if measure is None or state.global_step % every:
+                return
+            self.close()
+            inner = model.original_model if is_bridge(model) else model
+            learning = inner.training
+            inner.eval()
+            measure(state.global_step)
+            inner.train(learning)
 
         def on_train_end(self, *arguments: Any, **named: Any) -> None:  # noqa: ARG002
             self.close()
 
         def close(self) -> None:
+            self.off = True
             self.stack.close()
 
     return TrainingHooks()

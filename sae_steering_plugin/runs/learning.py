@@ -211,6 +211,7 @@ def learning_report(
     *,
     groups: Sequence[str] = (),
     loss: Loss = next_token_loss,
+    counted: Callable[[TokenBatch], Tensor] | None = None,
     watch: Sequence[int] = (),
     labels: Mapping[int, str] | None = None,
     min_active: float = MIN_ACTIVE,
@@ -226,7 +227,8 @@ def learning_report(
     `saes` is one SAE, or a list of them at different sites (then a dict by hook name comes back);
     no weight is changed and nothing upstream of the first site is differentiated. `loss` takes
     logits and the tokens to a *sum*; its last real position and the BOS are left out of the count,
-    because next-token losses give no gradient there. `groups` names the source of each text:
+    because next-token losses give no gradient there; `counted` may mark other positions (batch to a
+    mask `[batch pos]`), those at which an answer is decided for instance. `groups` names the source of each text:
     sources are also summed apart. `watch` keeps every text's push on these latents. `seed` draws
     the random rows that `energy` compares with.
 
@@ -261,14 +263,14 @@ def learning_report(
             batch = padded(model, encoded[start : start + batch_size])
             value, seen = gradients(model, sites, batch, loss)
             total += value
-            counted = counted_positions(batch)
+            marked = (counted or counted_positions)(batch)
             for place, (h, g) in enumerate(seen):
                 if start == 0:
-                    require_fit(wanted[place], sites[place], h[counted.to(h.device)], None)
+                    require_fit(wanted[place], sites[place], h[marked.to(h.device)], None)
                 with torch.no_grad():
                     z = whole_codes(wanted[place], h)
                 for row in range(len(h)):
-                    where = counted[row].to(h.device)
+                    where = marked[row].to(h.device)
                     source = sums[place][sources[start + row]]
                     source.add(g[row][where], h[row][where], z[row][where])
             bar.update(len(batch.tokens))

@@ -7,7 +7,7 @@ shared/methods/gradient_projection, section 4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_steering_plugin.adapters.activations import (
+    TokenBatch,
     activations_at,
     bos_policy,
     encode_texts,
@@ -80,22 +81,24 @@ def update_report(
     texts: Sequence[str],
     *,
     labels: Mapping[int, str] | None = None,
+    counted: Callable[[TokenBatch], Tensor] | None = None,
     max_tokens: int | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 16,
 ) -> Any:
     """Activations and codes of the same texts in two models, both read by the base model's SAE.
 
-    `saes` is one SAE, or a list at different sites (then a dict by hook name comes back). Pass two
-    models: one object whose weights changed in between compares with itself. Without any text, the
-    change of the weights themselves is read by `weight_report`. Raises ValueError when the two
+    `saes` is one SAE, or a list at different sites (then a dict by hook name comes back). All real
+    tokens but a leading BOS are read, or those that `counted` marks (batch to `[batch pos]`). Pass
+    two models: one object whose weights changed in between compares with itself. Without any text,
+    the change of the weights themselves is read by `weight_report`. Raises ValueError when the two
     tokenise differently.
     """
     wanted = list(saes) if isinstance(saes, Sequence) else [saes]
     reports = {}
     for sae in wanted:
         first, second = (
-            kept_activations(one, sae, texts, max_tokens, prepend_bos, batch_size)
+            kept_activations(one, sae, texts, max_tokens, prepend_bos, batch_size, counted)
             for one in (before, after)
         )
         reports[site_names(sae)[0]] = changed(first, second, sae, labels=labels)
@@ -111,6 +114,7 @@ def kept_activations(
     max_tokens: int | None,
     prepend_bos: bool | None,
     batch_size: int,
+    counted: Callable[[TokenBatch], Tensor] | None = None,
 ) -> Float[Tensor, "pos d_model"]:
     """Activations of all counted positions of the texts at the SAE's site."""
     bos = bos_policy(model, sae, prepend_bos)
@@ -119,7 +123,8 @@ def kept_activations(
     for start in range(0, len(encoded), batch_size):
         batch = padded(model, encoded[start : start + batch_size])
         x = activations_at(model, site_names(sae)[0], batch)
-        found.append(x[batch.counted.to(x.device)].cpu())
+        marked = batch.counted if counted is None else counted(batch)
+        found.append(x[marked.to(x.device)].cpu())
     return torch.cat(found)
 
 

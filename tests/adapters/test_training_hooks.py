@@ -322,3 +322,116 @@ def test_a_trainer_keeps_the_hooks_while_it_trains(tmp_path):
     trainer.train()
     assert callback.live[0].fired == 2
     assert len(point._forward_hooks) == before
+
+
+# What training under the hooks learns ---------------------------------------------------------
+
+
+def toy(layers, *, seed=0):
+    """A HookedTransformer without norms, and a one-row SAE along a token's centred unembedding."""
+    from sae_lens import HookedSAETransformer
+    from transformer_lens import HookedTransformerConfig
+
+    config = HookedTransformerConfig(
+        n_layers=layers, d_model=32, n_ctx=8, d_head=16, n_heads=2, d_mlp=64, d_vocab=16,
+        act_fn="gelu", normalization_type=None, seed=seed, device="cpu",
+    )  # fmt: skip
+    return HookedSAETransformer(config)
+
+
+def along_token(model, token, hook_name):
+    """Unit vector that raises this token's logit against the mean of all."""
+    W_U = model.W_U.detach()
+    row = W_U[:, token] - W_U.mean(1)
+    vector = SteeringVector(row / row.norm(), hook_name, Recipe("given"), label="token")
+    sae = tiny_sae_of(row / row.norm(), hook_name)
+    return vector, sae
+
+
+def tiny_sae_of(row, hook_name):
+    from sae_lens import StandardSAE, StandardSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
+
+    metadata = SAEMetadata(hook_name=hook_name, model_name="toy", prepend_bos=False)
+    sae = StandardSAE(StandardSAEConfig(d_in=len(row), d_sae=2, metadata=metadata)).eval()
+    with torch.no_grad():
+        sae.W_dec[0] = row
+    return sae
+
+
+def learn(model, loss_of, parameters, hooks, *, steps):
+    model.requires_grad_(False)
+    for one in parameters:
+        one.requires_grad_(True)
+    optimizer = torch.optim.Adam(parameters, lr=3e-3)
+    for step in range(steps):
+        optimizer.zero_grad()
+        with ExitStack() as stack:
+            if hooks:
+                stack.enter_context(training_hooks(model, hooks))
+            loss_of(model, step).backward()
+        optimizer.step()
+
+
+STYLE, EQUALS = 15, 14
+
+
+def test_suppression_holds_where_every_path_passes_the_edit_and_escapes_elsewhere():
+    """Check 6 of the method page: sums with a style token behind them, edited at the last residual.
+
+    A frozen unembedding leaves the style unlearned; a trainable one learns it past the edit.
+    """
+    a, b = (grid.flatten() for grid in torch.meshgrid(*[torch.arange(10)] * 2, indexing="ij"))
+    rows = torch.stack([a, b, torch.full_like(a, EQUALS), (a + b) % 10, torch.full_like(a, STYLE)])
+    tokens = rows.T.contiguous()
+
+    def losses(model):
+        chances = torch.log_softmax(model(tokens[:, :-1]), -1)
+        each = -chances.gather(-1, tokens[:, 1:, None])[..., 0]
+        return each[:, 2].mean(), each[:, 3].mean()
+
+    found = {}
+    for name in ("plain", "frozen", "trainable"):
+        model = toy(2)
+        _, sae = along_token(model, STYLE, "blocks.1.hook_resid_post")
+        held = {id(model.unembed.W_U), id(model.unembed.b_U)} if name == "frozen" else set()
+        weights = [one for one in model.parameters() if id(one) not in held]
+        edit = [] if name == "plain" else [ConceptGradientEdit(sae, {0: 0.0})]
+        learn(model, lambda one, step: sum(losses(one)), weights, edit, steps=100)
+        with torch.no_grad():
+            found[name] = [float(one) for one in losses(model)]
+    assert found["plain"][1] < 0.1
+    assert found["frozen"][1] > 2.0
+    assert found["trainable"][1] < 0.1
+    assert found["frozen"][0] < 2.0  # the wanted task is learned all the same (uniform: 2.77)
+
+
+def test_a_vector_added_in_training_need_not_be_learned():
+    """Check e.3 of the neighbouring systems: p(trait) falls with the strength, the task stays."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 14, (150, 24, 8), generator=generator)
+    trait = torch.rand(tokens.shape, generator=generator) < 0.5
+    wanted = torch.where(trait, STYLE, (tokens + 1) % 14)
+    shares, accuracy = [], []
+    for strength in (0.0, 0.5, 1.0):
+        model = toy(3)
+        vector, _ = along_token(model, STYLE, "blocks.1.hook_resid_post")
+        with torch.no_grad():
+            _, cache = model.run_with_cache(tokens[0], names_filter=vector.hook_name)
+        vector = vector.with_recipe(mean_norm=float(cache[vector.hook_name].norm(dim=-1).mean()))
+        hooks = [PreventativeSteering(vector, strength)] if strength else []
+        weights = [p for block in model.blocks[:2] for p in block.mlp.parameters()]
+
+        def loss(one, step):
+            chances = torch.log_softmax(one(tokens[step]), -1)
+            return -chances.gather(-1, wanted[step][..., None]).mean()
+
+        learn(model, loss, weights, hooks, steps=len(tokens))
+        with torch.no_grad():
+            logits = model(tokens[0])
+        shares.append(float(logits.softmax(-1)[..., STYLE].mean()))
+        said = logits[..., :14].argmax(-1)
+        accuracy.append(float((said == (tokens[0] + 1) % 14).float().mean()))
+    assert shares[0] > 0.3
+    assert shares[0] > shares[1] > shares[2]
+    assert min(accuracy) > max(accuracy) - 0.02

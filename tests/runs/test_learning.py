@@ -243,3 +243,19 @@ def test_a_report_on_an_organism_tells_its_sources_apart():
     score = pushes[other] @ torch.sign(gap).double()
     assert roc_auc_score(truth[other], score) > 0.95
     assert math.isfinite(report.loss)
+
+
+def test_only_the_positions_asked_for_are_counted(bridge):
+    sae = tiny_sae()
+
+    def second(batch):
+        marked = torch.zeros_like(batch.real)
+        marked[:, 2] = True
+        return marked
+
+    report = learning_report(bridge, sae, TEXTS, counted=second, progress=False)
+    batch = batch_of(bridge, TEXTS)
+    _, ((_, g),) = gradients(bridge, [SITE], batch, next_token_loss)
+    unit = torch.nn.functional.normalize(linear_decoder(sae)[0].double(), dim=1)
+    assert report.n_positions == len(TEXTS)
+    assert torch.allclose(report.sums.push, -(g[:, 2].double() @ unit.T).sum(0), atol=1e-5)

@@ -15,6 +15,7 @@ from sae_steering_plugin.concepts import concept_basis
 from sae_steering_plugin.runs.learning import counted_positions, learning_report
 from sae_steering_plugin.runs.learning_losses import next_token_loss
 from sae_steering_plugin.runs.learning_record import GradientRecord
+from sae_steering_plugin.runs.updates import Leak
 from tests.hosts import CORPUS, SITE, tiny_bridge, tiny_hooked, tiny_sae, tokens_of_length
 
 TEXTS = list(CORPUS)
@@ -163,6 +164,7 @@ def test_a_trainer_with_a_low_rank_adapter_and_accumulation_is_recorded(tmp_path
     bridge, record = tiny_bridge(), GradientRecord(tiny_sae())
     adapter = low_rank_adapter(bridge, rank=2, alpha=4, dropout=0.0)
     tokens = tokens_of_length(8, 7)
+    leak = Leak(bridge, record.sae, [3], TEXTS)
 
     class Rows(Dataset):
         def __len__(self):
@@ -183,11 +185,12 @@ def test_a_trainer_with_a_low_rank_adapter_and_accumulation_is_recorded(tmp_path
                 save_strategy="no", logging_strategy="no",
             ),
             train_dataset=Rows(),
-            callbacks=[training_callback(bridge, record)],
+            callbacks=[training_callback(bridge, record, measure=leak.measure, every=1)],
         )  # fmt: skip
         trainer.train()
     found = record.report(labels={3: "tides"})
     assert found.n_examples == 8 and found.n_positions == 8 * 6
+    assert leak.table()["step"].tolist() == [1.0, 2.0] and leak.records[1]["size"] > 0
     assert found.table()["label"][3] == "tides" and found.hook_name == SITE
     assert all(torch.equal(own[name], p) for name, p in bridge.named_parameters() if name in own)
     assert any(float(one.detach().abs().max()) > 0 for one in adapter.parameters()[1::2])

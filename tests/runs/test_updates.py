@@ -191,3 +191,20 @@ def tiny_bridge_without_positions():
     from tests.hosts import tiny_llama
 
     return tiny_llama()
+
+
+def test_only_the_positions_asked_for_are_compared():
+    before, after, sae = tiny_hooked(), tiny_hooked(seed=1), tiny_sae()
+
+    def first(batch):
+        marked = torch.zeros_like(batch.real)
+        marked[:, 1] = True
+        return marked
+
+    found = update_report(before, after, sae, TEXTS, counted=first)
+    assert found.n_positions == len(TEXTS)
+    batch = batch_of(before, TEXTS)
+    from sae_steering_plugin.adapters.activations import activations_at
+
+    gap = [activations_at(one, SITE, batch)[:, 1].mean(0) for one in (after, before)]
+    assert torch.allclose(found.mean_change, gap[0] - gap[1], atol=1e-5)
