@@ -47,11 +47,14 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
         Clamp,
         Exchange,
         FeatureFires,
+        FollowPath,
+        Fuzz,
         Gated,
         ProjectOut,
         Scale,
         SimilarTo,
         SparseAdd,
+        concept_path,
     )
     from .effects import (
         agreement,
@@ -63,7 +66,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
         fit_belief,
         vector_axis,
     )
-    from .features import label_features, score_features
+    from .features import forget_features, label_features, score_features
     from .organisms import list_organisms, load_organism
     from .prediction import SideEffectPredictor, cross_validate, fit_predictor
     from .runs.autonomy import autonomy_protocol, run_autonomy
@@ -129,10 +132,11 @@ _ROOMS: dict[str, str] = {
     "Labelled FeatureTable Selection Scores Effect SparseCodes Scenario",
     "directions": "feature_vector sas_vector probe_vector diff_mean_vector caa_vector pca_vector "
     "srs_vector sta_vector spare_vector sae_ts_vector fgaa_vector correlation_vector",
-    "edits": "Add Clamp Scale Ablate SparseAdd ProjectOut Exchange Gated SimilarTo FeatureFires",
+    "edits": "Add Clamp Scale Ablate SparseAdd ProjectOut Exchange Gated SimilarTo FeatureFires "
+    "FollowPath concept_path Fuzz",
     "effects": "compare cross_trait_matrix behaviour_axis vector_axis dose_reading evidence_tier "
     "agreement fit_belief",
-    "features": "label_features score_features",
+    "features": "forget_features label_features score_features",
     "adapters.engine": "generate",
     "adapters.steering": "steer fwd_hooks",
     "adapters.training_hooks": "ConceptAblation ConceptGradientEdit PreventativeSteering "

@@ -7,6 +7,7 @@ from .causal import (
     rank_average,
     successful_factor,
 )
+from .forget import forget_features
 from .labels import label_features
 from .lens import Lens
 from .pooled import PooledCodes
@@ -21,6 +22,7 @@ __all__ = [
     "Probes",
     "ScoreTable",
     "fit_probes",
+    "forget_features",
     "generation_success",
     "input_score",
     "label_features",
