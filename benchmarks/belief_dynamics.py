@@ -1,6 +1,6 @@
 """Are steering and in-context examples one belief? The embedded agents, all shots x strengths.
 
-`python benchmarks/belief_dynamics.py [--quick] [--models NAME ...] [--json FILE] [--table FILE]`
+`python -m benchmarks.belief_dynamics [--quick] [--models NAME ...] [--json FILE] [--table FILE]`
 
 Grids of strength and number of examples, fitted with `fit_belief` and with the world's own form,
 whole strengths held out. Examples: failed calls that were tried again (what the agents were trained
@@ -156,7 +156,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Steering and in-context examples as one belief",
         "",
-        f"Written by `python benchmarks/belief_dynamics.py --models {models} --table "
+        f"Written by `python -m benchmarks.belief_dynamics --models {models} --table "
         "docs/belief_dynamics.md`.",
         "",
         "    logit p(m, N) = a m + b + gamma N^(1 - alpha)",
@@ -165,6 +165,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "next token; m: strength in mean residual norms; N: examples in the context. The form is",
         "inferred from the abstract of arXiv 2511.00617, whose equations could not be read. Whole",
         "strengths are held out for every figure called held-out; standard errors resample trials.",
+        "N* observed lies between cells on a straight line, so below N = 1 a chord stands against",
+        "a curve.",
     ]
     for row in rows:
         lines += ["", f"## {row['model']}", "", *tries(row), "", *questions(row)]
@@ -201,6 +203,7 @@ def tries(row: dict[str, Any]) -> list[str]:
         "",
         *crossovers(found),
         "",
+        *falls(found),
         "A unit of strength at constant belief, in examples: "
         + ", ".join(f"{value:.2f} at N = {n}" for n, value in found["worth"].items())
         + ".",
@@ -238,6 +241,17 @@ def grid_table(found: dict[str, Any], further: dict[str, list[float]]) -> list[s
             f"| {name} | " + " | ".join(f"{p:.3f}" for p in shares) + " |"
             for name, shares in {**rows, **further}.items()
         ),
+    ]
+
+
+def falls(found: dict[str, Any]) -> list[str]:
+    """Where p falls with a further example, which no curve of this form can follow."""
+    unsteered = found["shares"][found["strengths"].index(0.0)]
+    return [
+        f"Unsteered, p falls from {before:.3f} to {after:.3f} at N = {n}: no curve of this form "
+        "can follow.\n"
+        for before, after, n in zip(unsteered, unsteered[1:], found["examples"][1:], strict=False)
+        if after < before - 0.01
     ]
 
 
