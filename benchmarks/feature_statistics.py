@@ -67,7 +67,7 @@ def measure(report: Report) -> None:
         sae = jumprelu(D, width, x.flatten(0, 1), hook_name=SITE)
         with torch.no_grad():
             codes = sae.encode(x).flatten(0, 1)
-        recorder = FeatureRecorder.of(sae, together=False)
+        recorder = FeatureRecorder.of(sae, together=False, sieve=False)
         seen(recorder, x, batch)
         mean, second, _, _ = recorder.tokens.moments()
         error = report.agree(
@@ -138,7 +138,7 @@ def measure(report: Report) -> None:
         if width == widths[-1]:
 
             def fresh(sae: Any = sae) -> None:
-                seen(FeatureRecorder.of(sae, together=False), x, batch)
+                seen(FeatureRecorder.of(sae, together=False, sieve=False), x, batch)
 
             used = peak_of(fresh)
             what = f"memory beyond model and SAE at {width}, in units of 150 MB"
@@ -193,8 +193,10 @@ def _together(
         {
             "panel": whole(lambda: coactivation_of(many)),
             "pairs": whole(lambda: coactivation_of(many, panel=None)),
-            "add": whole(lambda: seen(FeatureRecorder.of(sae), x, batch)),
-            "without": whole(lambda: seen(FeatureRecorder.of(sae, together=False), x, batch)),
+            "add": whole(lambda: seen(FeatureRecorder.of(sae, sieve=False), x, batch)),
+            "without": whole(
+                lambda: seen(FeatureRecorder.of(sae, together=False, sieve=False), x, batch)
+            ),
         },
         rounds=3,
     )

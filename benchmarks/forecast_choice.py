@@ -22,6 +22,10 @@ from typing import Any
 from benchmarks import timing
 
 SAES = ("topk-512", "standard-512", "jumprelu-512", "topk-1024")
+COLUMNS = {
+    "full_no_magnitude": "the paper's predictors (full set without magnitudes)",
+    "tangent_only": "gradients of clean passes (ours)",
+}
 WITHIN = 0.02
 """AUROC; about its standard error on the training texts at a prevalence of one in ten."""
 CANDIDATES = 20
@@ -72,19 +76,15 @@ def components(sets: Sequence[Sequence[int]]) -> list[int]:
     return number
 
 
-def studied(model: str, word: str, *, quick: bool) -> dict[str, Any]:
-    """Everything that is reported of one dictionary."""
-    import numpy as np
-
+def studied(model: str, word: str, *, quick: bool) -> Iterator[dict[str, Any]]:
+    """Everything that is reported of one dictionary, by predictor set."""
     from sae_steering_plugin import select_features
-    from sae_steering_plugin.runs.forecast_choice import Equals, gain_rows, measured_gain
     from sae_steering_plugin.runs.screen_job import (
         Sizes,
         contexts_for,
         downstream_word,
         open_downstream,
     )
-    from sae_steering_plugin.runs.screening import screen
     from sae_steering_plugin.runs.subject import open_subject
 
     started = time.perf_counter()
@@ -107,8 +107,27 @@ def studied(model: str, word: str, *, quick: bool) -> dict[str, Any]:
         within=WITHIN,
         progress=False,
     )
-    asked = {f for one in found.equals.values() for f in one.features}
     tokens, fresh = contexts_for(subject, sizes)
+    for columns in COLUMNS:
+        yield {
+            "columns": columns,
+            **chosen_by(columns, subject, later, found, tokens, fresh, sizes),
+            "seconds": time.perf_counter() - started,
+        }
+        started = time.perf_counter()
+
+
+def chosen_by(
+    columns: str, subject: Any, later: Any, found: Any, tokens: Any, fresh: Any, sizes: Any
+) -> dict[str, Any]:
+    """What choosing by the forecast from these predictors gave."""
+    import numpy as np
+
+    from sae_steering_plugin.runs.forecast_choice import Equals, gain_rows, measured_gain
+    from sae_steering_plugin.runs.screening import screen
+
+    asked = {f for one in found.equals.values() for f in one.features}
+    name = f"{subject.name} {subject.sae_name}"
     screened = screen(
         subject.model,
         subject.sae,
@@ -117,6 +136,7 @@ def studied(model: str, word: str, *, quick: bool) -> dict[str, Any]:
         downstream=later,
         n_features=sizes.features,
         without=sorted(asked),
+        columns=columns,
         size=sizes.group,
         progress=False,
     )
@@ -130,7 +150,7 @@ def studied(model: str, word: str, *, quick: bool) -> dict[str, Any]:
     table = gain.table
     sets = {one.concept: one.features for one in equals}
     linked = components([sets[c] for c in table["concept"]])
-    clusters = [f"{model} {word} {number}" for number in linked]
+    clusters = [f"{name} {number}" for number in linked]
     test = {
         c: dict(zip(s.features, s.scores["test_auroc"], strict=True))
         for c, s in found.selections.items()
@@ -141,7 +161,7 @@ def studied(model: str, word: str, *, quick: bool) -> dict[str, Any]:
         ]
     (axis,) = (row for row in screened.axes if row["axis"] == "clean")
     return {
-        "name": f"{model} {word}",
+        "name": name,
         "concepts": len(equals),
         "several": len(table),
         "clusters": len(set(linked)),
@@ -152,7 +172,6 @@ def studied(model: str, word: str, *, quick: bool) -> dict[str, Any]:
         "fresh": len(fresh),
         "rows": gain_rows(table, clusters=clusters),
         "table": table.assign(cluster=clusters).to_dict("records"),
-        "seconds": time.perf_counter() - started,
     }
 
 
@@ -184,7 +203,23 @@ def page(found: Sequence[dict[str, Any]]) -> str:
         "Differences are paired over concepts, with 95 % bootstrap intervals and sign-flip tests; "
         "concepts that share a feature are resampled and flipped together. Higher stability and "
         "fewer features moved per effect are cleaner.",
+    ]
+    for columns, words in COLUMNS.items():
+        some = [one for one in found if one["columns"] == columns]
+        if some:
+            lines += ["", f"# Forecast from {words}", "", *compared(some)]
+    lines += [
         "",
+        "`count_per_effect` falls when the effect grows: read it beside `effect`. One last token, "
+        "one strength, one corpus; cleaner means less activation spread, not less harm.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def compared(found: Sequence[dict[str, Any]]) -> list[str]:
+    """The tables of one predictor set and what they say."""
+    lines = [
         "| dictionary | concepts with a choice | groups that share no feature | equal features, "
         "median | forecast took another than score | forecast fitted on | forecast against "
         "measured, pool |",
@@ -212,8 +247,7 @@ def page(found: Sequence[dict[str, Any]]) -> str:
             kept = {row["figure"]: row for row in rows if row["against"] == other}
             cells = [cell(kept[figure]) for figure in SHOWN]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", *reading(found), ""]
-    return "\n".join(lines)
+    return [*lines, "", *reading(found)]
 
 
 def cell(row: dict[str, Any]) -> str:
@@ -275,10 +309,6 @@ def reading(found: Sequence[dict[str, Any]]) -> list[str]:
         f"- The features taken by forecast move {fewer} downstream features in number than the "
         "equals do on average; what changes per effect comes with the size of the effect."
     )
-    lines.append(
-        "- `count_per_effect` falls when the effect grows: read it beside `effect`. One last "
-        "token, one strength, one corpus; cleaner means less activation spread, not less harm."
-    )
     return lines
 
 
@@ -305,7 +335,7 @@ def main() -> None:
     listed = [job for job in jobs() if not arguments.only or arguments.only in " ".join(job)]
     found = []
     for model, word in listed[:1] if arguments.quick else listed:
-        found.append(studied(model, word, quick=arguments.quick))
+        found += studied(model, word, quick=arguments.quick)
         print(f"{model} {word}: {found[-1]['seconds']:.0f} s", flush=True)
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)

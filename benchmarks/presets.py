@@ -2,11 +2,14 @@
 
     python -m benchmarks.presets                        # lists them
     python -m benchmarks.presets gpt2 --texts wiki.txt --fresh validation.txt --out screened
-    python -m benchmarks.presets gpt2 --model agent-gpt2 --out screened
     python -m benchmarks.presets llama --compare llama-32x --texts wiki.txt --out widths
+    python -m benchmarks.presets gpt2 --model agent-gpt2 --out screened
+    python -m benchmarks.presets llama --compare llama-32x --model agent-gpt2 --out widths
+    python -m benchmarks.presets gpt2 --model FOLDER --sae FOLDER --downstream FOLDER --texts FILE
 
 Weights and texts are the user's (the paper used wikitext-103: train for labels, validation as fresh
-contexts). With `--model` naming an embedded agent the same screen runs on it, in its own SAEs.
+contexts). With `--model` the same screen runs on an embedded agent in its own SAEs (the comparison
+of widths in those it has at `AGENT_WIDTHS`), or on a local folder with the SAEs named.
 `--compare` runs a second preset on the same texts and puts the axes side by side: the paper's
 comparison of widths.
 """
@@ -85,17 +88,22 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+AGENT_WIDTHS = {"llama": "l2-topk-512", "llama-32x": "l2-topk-1024"}
+"""What stands for the two widths in an embedded agent."""
+
+
 def run(name: str, arguments: argparse.Namespace, out: Path) -> Any:
     """One preset's screen, written to `out`."""
     from sae_steering_plugin.runs.screen_job import Sizes, screen_subject
 
     one = PRESETS[name]
     embedded = arguments.model is not None
+    sae = arguments.sae or (AGENT_WIDTHS.get(name) if arguments.compare else None)
     scale = 8 if arguments.quick else 1
     found, subject = screen_subject(
         arguments.model if embedded else one.model,
-        None if embedded else one.sae,
-        None if embedded else one.downstream,
+        sae if embedded else one.sae,
+        arguments.downstream if embedded else one.downstream,
         texts=arguments.texts,
         fresh=arguments.fresh,
         sizes=Sizes(
@@ -119,11 +127,22 @@ def run(name: str, arguments: argparse.Namespace, out: Path) -> Any:
     return found
 
 
-def main() -> None:
+def widths_table(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Axis by axis, what each preset's forecast and groups came to."""
+    return [
+        {"axis": row["axis"], "preset": name, "features": row["features"], **row}
+        for rows in zip(*([(n, r) for r in t] for n, t in found.items()), strict=True)
+        for name, row in rows
+    ]
+
+
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="presets of arXiv 2606.08365")
     parser.add_argument("preset", nargs="?", choices=tuple(PRESETS))
     parser.add_argument("--compare", choices=tuple(PRESETS), help="a second preset, side by side")
-    parser.add_argument("--model", help="an embedded agent in place of the preset's model")
+    parser.add_argument("--model", help="an embedded agent or a folder in place of the preset's")
+    parser.add_argument("--sae", help="with --model: its SAE (an agent's own by default)")
+    parser.add_argument("--downstream", help="with --model: the later SAE")
     parser.add_argument("--texts", type=Path)
     parser.add_argument("--fresh", type=Path)
     parser.add_argument("--paper", action="store_true", help="the paper's protocol, not the strict")
@@ -131,7 +150,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("preset"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if arguments.preset is None:
         for name, one in PRESETS.items():
             print(f"{name:10s} {one.model:32s} {one.sae}  ->  {one.downstream}")
@@ -139,11 +158,15 @@ def main() -> None:
     from sae_steering_plugin.runs.screen_job import axis_table, difference_rows
 
     names = [name for name in (arguments.preset, arguments.compare) if name]
+    axes = {}
     for name in names:
         out = arguments.out / name if len(names) > 1 else arguments.out
         found = run(name, arguments, out)
-        for row in (*axis_table(found), *difference_rows(found)):
+        axes[name] = axis_table(found)
+        for row in difference_rows(found):
             print(name, json.dumps(row, ensure_ascii=False))
+    for row in widths_table(axes):
+        print(json.dumps(row, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -282,8 +282,8 @@ def side_effects(demo: Demo) -> list[str]:
     return [
         table(rows, words=("axis", "label")),
         paragraph(
-            "Forecast from weights and clean activations, fitted on the side effects of other "
-            "features, against what was measured on contexts that nothing was fitted on. Each "
+            "Forecast from weights and gradients of clean passes, fitted on the side effects of "
+            "other features, against what was measured on contexts that nothing was fitted on. Each "
             f"group holds {size} features: forecast clean, random, forecast messy. A column "
             "forecast_clean above is that forecast for the features chosen. It is about how far "
             "activations spread, not about harm.",

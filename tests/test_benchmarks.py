@@ -1,11 +1,15 @@
 """The timing code under `benchmarks/`: planted growth is found, disagreement is an exit code."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.timing import Clock, Report, exponent, interleaved, main, whole
+from sae_steering_plugin.organisms import list_organisms
+from tests.hosts import tiny_sae
+from tests.local import model_folder
 
 KEYS = {
     "row", "what", "ratio", "target", "met", "exponent", "max_abs_error", "shapes", "dtype",
@@ -79,3 +83,46 @@ def test_presets_name_releases_that_saelens_knows():
             assert sae_id in known[release].saes_map, word
         assert one.sae != one.downstream
         named_columns(one.columns)
+
+
+def test_the_comparison_of_widths_is_one_command_on_an_agent(tmp_path, capsys, monkeypatch):
+    from benchmarks import presets
+
+    small = {
+        name: replace(one, contexts=64, fresh=64, features=60, group=4)
+        for name, one in presets.PRESETS.items()
+    }
+    monkeypatch.setattr(presets, "PRESETS", small)
+    agent = list_organisms()[0]
+    presets.main(
+        ["llama", "--compare", "llama-32x", "--model", agent, "--out", str(tmp_path), "--quick"]
+    )
+    axes = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
+    assert [(row["axis"], row["preset"]) for row in axes] == [
+        (axis, name) for axis in ("stability", "spread", "clean") for name in ("llama", "llama-32x")
+    ]
+    saes = [json.loads((tmp_path / n / "screen.json").read_text())["fresh"]["sae_id"] for n in
+            ("llama", "llama-32x")]  # fmt: skip
+    assert saes[0] != saes[1]
+    assert (tmp_path / "llama" / "clean" / "cfg.json").is_file()
+
+
+def test_a_preset_runs_on_folders(tmp_path, capsys, monkeypatch):
+    from benchmarks import presets
+
+    small = replace(presets.PRESETS["gpt2"], contexts=64, fresh=64, features=60, group=4)
+    monkeypatch.setitem(presets.PRESETS, "gpt2", replace(small, lowest=0.0))
+    model = model_folder(tmp_path / "model")
+    tiny_sae(d_sae=96).save_model(tmp_path / "sae")
+    later = tiny_sae(d_sae=48, seed=4)
+    later.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    later.save_model(tmp_path / "later")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(f"the {w} sat on mat {i}" for i in range(900) for w in ("a", "b")))
+    folders = ["--model", str(model), "--sae", str(tmp_path / "sae"),
+               "--downstream", str(tmp_path / "later")]  # fmt: skip
+    presets.main(["gpt2", *folders, "--texts", str(texts), "--out", str(tmp_path / "out")])
+    told = json.loads((tmp_path / "out" / "screen.json").read_text())
+    assert told["settings"]["columns"] == "geometry_only"  # the paper's choice for this setting
+    assert told["settings"]["target"] == "clean_log_count_per_effect"
+    assert len(capsys.readouterr().out.splitlines()) == 3 * 7 + 3

@@ -16,6 +16,10 @@ from .screen_job import Sizes, contexts_for, downstream_word, open_downstream
 from .screening import screen
 from .subject import Subject
 
+COLUMNS = "tangent_only"
+"""The predictors that ranked unseen features best (docs/side_effects.md): gradients of clean
+passes, for four seconds of the main job."""
+
 
 @dataclass(frozen=True, eq=False)
 class DemoScreen:
@@ -58,6 +62,7 @@ def demo_screen(
         downstream=later,
         n_features=sizes.features,
         without=equal,
+        columns=COLUMNS,
         size=sizes.group,
         seed=seed,
         progress=progress,

@@ -75,14 +75,16 @@ class FeatureRecorder:
 
     @classmethod
     def of(
-        cls, sae: Any, *, top: int = 0, together: bool = True, sieve: bool = False
+        cls, sae: Any, *, top: int = 0, together: bool = True, sieve: bool | None = None
     ) -> FeatureRecorder:
         """A recorder that has seen nothing; `together=False` leaves co-activation out. For `sieve`
-        see `active_encoder`."""
+        see `active_encoder`; None decides by how fast this machine is at bfloat16."""
         n = int(sae.W_dec.shape[0])
         codes = ActiveCodes(n) if together else None
         tokens, finals = FeatureStream.empty(n, top=top), FeatureStream.empty(n)
-        return cls(sae, active_encoder(sae, sieve=sieve), tokens, finals, codes, sieve)
+        narrow = sieving(sieve, sae.W_dec.device)
+        encode = active_encoder(sae, sieve=narrow)
+        return cls(sae, encode, tokens, finals, codes, narrow)
 
     def see(
         self,
@@ -263,7 +265,6 @@ def feature_statistics(
         passed = _Pass(model, sae, _texts(model, sae, data, real, prepend_bos, max_tokens))
         together = "coactivation" in families
         narrow = _begun_with(file) if sieve is None else sieve
-        narrow = sieving(narrow, sae.W_dec.device)
         recorder = passed.run(
             FeatureRecorder.of(sae, top=top, together=together, sieve=narrow),
             counted_together,
@@ -273,7 +274,7 @@ def feature_statistics(
             progress,
         )
         columns, settings = recorder.columns(panel=panel)
-        settings["sieve"] = narrow
+        settings["sieve"] = recorder.sieve
         if "activation" not in families:
             columns = {name: v for name, v in columns.items() if name.startswith("coact_")}
         table = table.join(table_of(sae, everything, columns, {**settings, **passed.settings()}))

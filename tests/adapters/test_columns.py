@@ -105,6 +105,19 @@ def test_the_model_is_left_as_it_was(host):
     assert torch.equal(steered_logits(host, tokens), before)
 
 
+def test_a_change_leaves_the_clean_column_as_it_was(host):
+    """A site written in place would move the clean run that everything is compared with."""
+    for site in SITES:
+        laid = ContextRows(host, tokens_of_length(2, 7), site, "blocks.1.hook_resid_post")
+        before = [part.clone() for part in (laid.clean.site, laid.clean.read, laid.clean.final)]
+        first = laid.under(steps(2)).final.clone()
+        for part, kept in zip(
+            (laid.clean.site, laid.clean.read, laid.clean.final), before, strict=True
+        ):
+            assert torch.equal(part, kept)
+        assert torch.equal(laid.under(steps(2)).final, first)
+
+
 def test_the_gram_matrix_gives_the_lengths_of_logit_shifts(host):
     final = torch.randn(6, D_MODEL, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():

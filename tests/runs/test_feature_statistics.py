@@ -3,16 +3,25 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from sae_lens.saes.sae import SAEMetadata
 
-from sae_steering_plugin import coactivation, feature_statistics
+from sae_steering_plugin import (
+    coactivation,
+    feature_statistics,
+    gradient_statistics,
+    logit_footprint,
+)
+from sae_steering_plugin.adapters.activations import activations_at, encode_texts, padded
 from sae_steering_plugin.adapters.engine import generate
 from sae_steering_plugin.adapters.sae_parts import whole_codes
 from sae_steering_plugin.adapters.transformer_lens import resolve
 from sae_steering_plugin.organisms import list_organisms, load_organism
+from sae_steering_plugin.prediction import PREDICTOR_SETS
 from sae_steering_plugin.runs import feature_statistics as module
 from sae_steering_plugin.runs.feature_statistics import FeatureRecorder, record_statistics
+from sae_steering_plugin.runs.subject import open_subject
 from tests.adapters.test_active_codes import ARCHITECTURES
-from tests.hosts import CORPUS, SITE, tiny_sae, tiny_tokenizer
+from tests.hosts import CORPUS, D_MODEL, SITE, tiny_hooked, tiny_sae, tiny_tokenizer
 
 TEXTS = [*CORPUS, "the cat", "a park and the mat and a dog and a cat"]
 ACTIVATION = ("activation", "coactivation")
@@ -172,6 +181,24 @@ def test_nothing_is_steered_and_later_layers_are_not_run(bridge):
         handle.remove()
 
 
+def test_statistics_never_write_a_hook(host, monkeypatch):
+    """A model in which every edit and every steered column raises still gives all statistics."""
+
+    def refuse(*_arguments, **_named):
+        raise AssertionError("something was steered")
+
+    for place in ("steering.steer", "steering.fwd_hooks", "columns.ContextRows.__init__"):
+        monkeypatch.setattr(f"sae_steering_plugin.adapters.{place}", refuse)
+    points = [p for p in host.modules() if type(p).__name__ == "HookPoint"]
+    kept = [dict(point._forward_hooks) for point in points]
+    weights = [p.clone() for p in host.parameters()]
+    found = quiet(host, tiny_sae(), TEXTS)
+    assert set(PREDICTOR_SETS["full_all"]) <= set(found.columns)
+    assert gradient_statistics(host, tiny_sae(), torch.ones(2, 3).long(), progress=False)
+    assert [dict(point._forward_hooks) for point in points] == kept
+    assert all(torch.equal(*pair) for pair in zip(weights, host.parameters(), strict=True))
+
+
 def test_a_dead_feature_keeps_its_row_and_has_no_shape(bridge):
     sae = tiny_sae()
     with torch.no_grad():
@@ -217,6 +244,56 @@ def test_the_organisms_tables_are_whole(name):
         assert len(found) == 512
         assert found.settings["dead"] < 512
         assert found.table["token_act_freq"].between(0, 1).all()
+
+
+READS, WRITES = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
+
+
+@pytest.mark.parametrize("word", ["transcoder", "skip_transcoder", "jumprelu_transcoder"])
+def test_a_transcoder_is_read_where_it_reads(word):
+    hooked = tiny_hooked()
+    sae = tiny_sae(word, apply_b_dec_to_input=False, d_out=D_MODEL)
+    sae.cfg.metadata = SAEMetadata(hook_name=READS, hook_name_out=WRITES, prepend_bos=True)
+    found = quiet(hooked, sae, TEXTS)
+    rows = []
+    for text in TEXTS:
+        tokens = hooked.to_tokens(text, prepend_bos=True)
+        _, cache = hooked.run_with_cache(tokens, names_filter=READS)
+        rows.append(sae.encode(cache[READS])[0, 1:].detach())
+    z = torch.cat(rows)
+    np.testing.assert_allclose(found.table["token_mean"], z.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.table["token_max"], z.amax(0), rtol=1e-4, atol=1e-5)
+    logits = (sae.W_dec @ hooked.W_U).detach()
+    plain = logit_footprint(hooked, sae, basis="loaded").table["direct_logit_l2"]
+    np.testing.assert_allclose(plain, logits.norm(dim=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["topk", "standard", "jumprelu"])
+def test_a_small_real_model_with_real_saes(kind, data):
+    """stories260k: all families are defined for living features; activity is that of `encode`."""
+    subject = open_subject(
+        str(data / "stories260k"),
+        str(data / "saes-stories260k" / f"l2-resid-post-{kind}"),
+    )
+    model, sae = subject.model, subject.sae
+    texts = ["Once upon a time there was a little girl named Lily.", "Tom had a red ball."] * 2
+    found = quiet(model, sae, texts)
+    bos = bool(found.settings["prepend_bos"])
+    z = []
+    for text in texts:
+        batch = padded(model, encode_texts(model, [text], prepend_bos=bos))
+        x = activations_at(model, sae.cfg.metadata.hook_name, batch)
+        z.append(whole_codes(sae, x)[batch.counted].detach())
+    z = torch.cat(z)
+    live = (z > 1e-6).any(0).numpy()
+    differ = np.abs(found.table["token_act_freq"] * len(z) - (z > 1e-6).sum(0).numpy())
+    near = torch.zeros(z.shape[1])
+    if kind == "jumprelu":  # a code within rounding of its threshold may fall on either side
+        near = ((z > 0) & (z - sae.threshold < 1e-4)).sum(0)
+    assert (differ <= near.numpy() + 1e-6).all()
+    columns = list(PREDICTOR_SETS["full_no_magnitude"])
+    assert np.isfinite(found.table.loc[live, columns].to_numpy()).mean() > 0.99
+    assert found.settings["dead"] == int((~live).sum())
 
 
 def test_wrong_requests_are_refused(bridge):

@@ -5,6 +5,8 @@ import math
 import pandas as pd
 import pytest
 import torch
+from sae_lens.registry import get_sae_class
+from sae_lens.saes.sae import SAEMetadata
 
 from sae_steering_plugin.adapters.head import head_logits
 from sae_steering_plugin.adapters.sae_parts import decoder_rows, whole_codes
@@ -103,6 +105,34 @@ def test_strength_zero_and_a_zero_row_move_nothing_and_have_no_stability(bridge)
         assert row["effect"] == 0 and row["n_moved"] == 0 and row["moved_l1"] == 0
         assert math.isnan(row["stability_signed"])
     assert found.loc[(4, 1.0), "effect"] > 0
+
+
+def test_earlier_positions_are_exactly_those_of_the_clean_run(linear):
+    tokens = contexts(4)
+    edit = Edit(Add(decoder_rows(primary(), [0])[0]), SITE, positions=LAST)
+    clean, steered = (steered_logits(linear, tokens, e, share=False) for e in ((), edit))
+    assert torch.equal(clean[:, :-1], steered[:, :-1])
+    effect = (steered - clean)[:, -1].norm(dim=1)
+    found = measured(linear, primary(), [0], contexts()).of().table
+    assert effect.mean() == pytest.approx(found.loc[0, "effect"], rel=1e-4)
+
+
+def test_a_topk_dictionary_counts_the_latent_that_is_pushed_out_too(linear):
+    """Watched latents 0 (along Q0) and 1 (along Q1, higher by a bias) compete for one place."""
+    q = basis()
+    rows = torch.stack([q[0], q[1]])
+    sae_class, config_class = get_sae_class("topk")
+    metadata = SAEMetadata(hook_name=LATER, prepend_bos=False)
+    later = sae_class(config_class(d_in=16, d_sae=2, k=1, metadata=metadata)).eval()
+    with torch.no_grad():
+        later.W_enc.copy_(rows.T)
+        later.W_dec.copy_(rows)
+        later.b_enc.copy_(torch.tensor([500.0, 520.0]))
+        later.b_dec.zero_()
+    strong = measured(linear, primary(), [0], contexts(), downstream=later, strengths=(100.0,))
+    weak = measured(linear, primary(), [0], contexts(), downstream=later, strengths=(1e-4,))
+    assert strong.of().table.loc[0, "count_0.05"] == 2  # one comes in, one is pushed out
+    assert weak.of().table.loc[0, "count_0.05"] == 0
 
 
 # Against whole forward passes ---------------------------------------------------------------------
