@@ -145,7 +145,10 @@ def about(grid: BeliefGrid, fit: Any) -> dict[str, Any]:
         "heldout_entropy": fit.heldout_entropy,
         "examples_only": fit.examples_only,
         "floor": fit.floor,
-        "heldout": [asdict(one) for one in fit.heldout],
+        "heldout": [
+            {name: None if math.isinf(x) else x for name, x in asdict(one).items()}
+            for one in fit.heldout
+        ],
         "worth": {str(n): fit.curve.exchange_rate(float(n)) for n in grid.examples if n},
     }
 
@@ -259,8 +262,10 @@ def crossovers(found: dict[str, Any]) -> list[str]:
     rows = ["| strength | N* predicted without it | N* observed |", "| --- | ---: | ---: |"]
     last = found["examples"][-1]
     for one in found["heldout"]:
-        seen = f"more than {last}" if math.isinf(one["observed"]) else f"{one['observed']:.2f}"
-        rows.append(f"| {one['strength']:+g} | {one['predicted']:.2f} | {seen} |")
+        predicted, observed = one["predicted"], one["observed"]
+        expected = "infinite" if predicted is None else f"{predicted:.2f}"
+        seen = f"more than {last}" if observed is None else f"{observed:.2f}"
+        rows.append(f"| {one['strength']:+g} | {expected} | {seen} |")
     return rows
 
 
