@@ -1,37 +1,31 @@
 """Days and months of calendar-gpt2, steered along circle and chord; groups of latents.
 
-`python benchmarks/curved_concepts.py [--quick] [--json FILE] [--table FILE]`
+`python -m benchmarks.curved_concepts [--quick] [--json FILE] [--table FILE]`
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import numpy as np
+import torch
+from torch import Tensor
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from sae_steering_plugin.edits import Add, FollowPath, concept_path  # noqa: E402
-from sae_steering_plugin.effects.intervals import mean_interval  # noqa: E402
-from sae_steering_plugin.effects.manifold import (  # noqa: E402
+from benchmarks.study import main
+from sae_steering_plugin.edits import Add, ConceptPath, FollowPath, concept_path
+from sae_steering_plugin.effects.intervals import mean_interval
+from sae_steering_plugin.effects.manifold import (
     hellinger_distances,
     off_manifold_ratio,
 )
-from sae_steering_plugin.features.multidimensional import (  # noqa: E402
+from sae_steering_plugin.features.multidimensional import (
     neighbour_groups,
     spectral_groups,
 )
-from sae_steering_plugin.organisms import CALENDAR, load_organism  # noqa: E402
-from sae_steering_plugin.runs.curved import (  # noqa: E402
+from sae_steering_plugin.organisms import CALENDAR, load_organism
+from sae_steering_plugin.runs.curved import (
     final_activations,
     group_shapes,
     said_along,
@@ -61,7 +55,9 @@ class Circle:
         self.held_activations = self.activations(self.held)
         labels = torch.tensor([one.answer for one in fit])
         self.path = concept_path(self.natural, labels, hook_name=site)
-        self.found_order = self.path.order
+        self.ordered = concept_path(
+            self.natural, labels, order=range(len(self.names)), hook_name=site
+        )
         self.prompts = prompts
         self.behaviour = self.behaviour_curve(organism)
 
@@ -82,8 +78,8 @@ class Circle:
 
     def is_circular(self) -> bool:
         """Whether the angles put the names in the world's order, either way round."""
-        n, start = len(self.names), self.found_order.index(0)
-        turned = [self.found_order[(start + i) % n] for i in range(n)]
+        n, start = len(self.names), self.path.order.index(0)
+        turned = [self.path.order[(start + i) % n] for i in range(n)]
         return turned in ([*range(n)], [0, *range(n - 1, 0, -1)])
 
     def way(self, start: int, stop: int) -> list[int]:
@@ -98,15 +94,12 @@ class Circle:
         way = self.way(start, stop)
         n = PER_STEP * (len(way) - 1) + 1
         share = torch.linspace(0, 1, n, dtype=torch.float64)
-        t = torch.cat([
-            self.path.waypoints(a, b, PER_STEP + 1)[int(i > 0):]
-            for i, (a, b) in enumerate(zip(way, way[1:], strict=False))
-        ])  # fmt: skip
         chord = self.path.chord(start, stop)
         straight = ((chord.points[1] - chord.points[0]) @ self.path.basis).float()
         found: dict[str, list[Any]] = {
-            "path": [FollowPath(self.path, t)],
-            "path, shift": [FollowPath(self.path, t, "shift")],
+            "path": [FollowPath(self.path, along(self.path, way))],
+            "path, shift": [FollowPath(self.path, along(self.path, way), "shift")],
+            "path, order given": [FollowPath(self.ordered, along(self.ordered, way))],
             "chord": [FollowPath(chord, share)],
             "add difference": [Add(straight, share.float())],
             "random": [],
@@ -135,9 +128,11 @@ class Circle:
                 moved = torch.stack([
                     x + made(x.expand(steps, 1, -1)).expand(steps, 1, -1)[:, 0] for x in h
                 ])  # fmt: skip
-                ratio = off_manifold_ratio(
-                    moved.flatten(0, 1), self.natural, self.held_activations
-                ).reshape(len(h), steps)
+                ratio = off_manifold_ratio(moved.flatten(0, 1), self.natural, self.held_activations)
+                inside = off_manifold_ratio(*(
+                    self.path.coordinates(x.double())
+                    for x in (moved.flatten(0, 1), self.natural, self.held_activations)
+                ))  # fmt: skip
                 far = hellinger_distances(said.flatten(0, 1), self.behaviour)
                 inner = said[:, between, :]
                 right = inner[:, range(len(between)), way[1:-1]] if between else inner[..., 0]
@@ -148,19 +143,26 @@ class Circle:
                     "off_way": float(off.mean()),
                     "energy": float(far.mean()),
                     "off_manifold": float(ratio.mean()),
+                    "off_in_plane": float(inside.mean()),
                 })  # fmt: skip
             out[arm] = {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
         return out
 
 
-FIGURES = ("p_goal", "p_between", "off_way", "energy", "off_manifold")
+def along(path: ConceptPath, way: Sequence[int]) -> Tensor:
+    """Waypoints from name to name along a way."""
+    parts = [path.waypoints(a, b, PER_STEP + 1) for a, b in zip(way, way[1:], strict=False)]
+    return torch.cat([parts[0], *(part[1:] for part in parts[1:])])
+
+
+FIGURES = ("p_goal", "p_between", "off_way", "energy", "off_manifold", "off_in_plane")
 
 
 def steering_rows(organism: Any, quick: bool) -> list[dict[str, Any]]:
     rows = []
     for site in SITES[:1] if quick else SITES:
         for unit in ("days",) if quick else ("days", "months"):
-            circle = Circle(organism, unit, site, prompts=2 if quick else 4)
+            circle = Circle(organism, unit, site, prompts=2 if quick else 3)
             pairs = list(combinations(range(len(circle.names)), 2))
             pairs = pairs[:: 7 if quick else 1]
             found = [
@@ -280,7 +282,7 @@ def page(found: Mapping[str, Any]) -> str:
     lines = [
         "# Steering along a circle, and finding circles",
         "",
-        "Written by `python benchmarks/curved_concepts.py --json "
+        "Written by `python -m benchmarks.curved_concepts --json "
         "benchmarks/results/curved_concepts.json --table docs/curved_concepts.md` on "
         "`calendar-gpt2` (sums such as `three days after friday is monday`; the circles are the "
         "world's own).",
@@ -296,11 +298,13 @@ def page(found: Mapping[str, Any]) -> str:
         "way, over all waypoints. Energy: mean Hellinger distance of what is said to the "
         "closed curve through what unsteered sums say (a definition of this project; the paper's "
         "may differ in scale). Off manifold: distance to the nearest natural activation, 1 is that "
-        "of unsteered held-out ones. Brackets: difference from the path, 95 % bootstrap over "
+        "of unsteered held-out ones, in the whole space and in the space of the class "
+        "means. `order given`: knots evenly spaced in the world's order instead of by the angles. "
+        "Brackets: difference from the path, 95 % bootstrap over "
         "unordered pairs of names.",
         "",
     ]
-    heads = ("p goal", "p between", "off way", "energy", "off manifold")
+    heads = ("p goal", "p between", "off way", "energy", "off manifold", "in the means' space")
     for key in dict.fromkeys((r["site"], r["unit"]) for r in found["steering"]):
         rows = [r for r in found["steering"] if (r["site"], r["unit"]) == key]
         order = "in the world's order" if rows[0]["circular"] else "NOT in the world's order"
@@ -346,25 +350,10 @@ def page(found: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="curved concepts on calendar-gpt2")
-    parser.add_argument("--quick", action="store_true", help="few pairs, within a minute")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--table", type=Path, help="write the page to this file")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
+def measure(quick: bool) -> dict[str, Any]:
     organism = load_organism(CALENDAR)
-    found = {
-        "steering": steering_rows(organism, given.quick),
-        "groups": group_rows(organism, given.quick),
-    }
-    print(page(found))
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(found, indent=1) + "\n")
-    if given.table:
-        given.table.write_text(page(found))
+    return {"steering": steering_rows(organism, quick), "groups": group_rows(organism, quick)}
 
 
 if __name__ == "__main__":
-    main()
+    main("curved concepts on calendar-gpt2", measure, page)

@@ -1,44 +1,38 @@
 """Unlearning the planted records of calendar-gpt2: edits, RMU, curvature; forget, retain, relearn.
 
-`python benchmarks/unlearning.py [--quick] [--json FILE] [--table FILE]`
+`python -m benchmarks.unlearning [--quick] [--json FILE] [--table FILE]`
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch
+from torch import Tensor
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from sae_steering_plugin.adapters.activations import TokenBatch, encode_texts, padded  # noqa: E402
-from sae_steering_plugin.adapters.learning import learning_logits  # noqa: E402
-from sae_steering_plugin.concepts.curvature import (  # noqa: E402
+from benchmarks.study import main
+from sae_steering_plugin.adapters.activations import TokenBatch, encode_texts, padded
+from sae_steering_plugin.adapters.learning import learning_logits
+from sae_steering_plugin.concepts.curvature import (
     curvature_split,
     row_curvature,
     singular_split,
 )
-from sae_steering_plugin.edits import Clamp, FeatureFires, Fuzz, Gated  # noqa: E402
-from sae_steering_plugin.features.forget import CHOSEN, RETAIN_BELOW, forget_features  # noqa: E402
-from sae_steering_plugin.organisms import CALENDAR, data_folder, load_organism  # noqa: E402
-from sae_steering_plugin.organisms.calendar import Document  # noqa: E402
-from sae_steering_plugin.runs.feature_statistics import feature_statistics  # noqa: E402
-from sae_steering_plugin.runs.unlearning import (  # noqa: E402
+from sae_steering_plugin.edits import Clamp, FeatureFires, Fuzz, Gated
+from sae_steering_plugin.features.forget import CHOSEN, RETAIN_BELOW, forget_features
+from sae_steering_plugin.organisms import CALENDAR, data_folder, load_organism
+from sae_steering_plugin.organisms.calendar import Document
+from sae_steering_plugin.runs.feature_statistics import feature_statistics
+from sae_steering_plugin.runs.unlearning import (
     collect_factors,
     relative_score,
     relearn,
     site_activations,
     train_rmu,
 )
-from sae_steering_plugin.types import Edit, FeatureTable, Selection  # noqa: E402
+from sae_steering_plugin.types import Edit, FeatureTable, Selection
 
 SITES = ("l1-topk-256", "l2-topk-256")
 MULTIPLES = (0.0, 1.0, 4.0)
@@ -381,7 +375,7 @@ def page(found: Mapping[str, Any]) -> str:
     lines = [
         "# Unlearning a memorised set",
         "",
-        "Written by `python benchmarks/unlearning.py --json benchmarks/results/unlearning.json "
+        "Written by `python -m benchmarks.unlearning --json benchmarks/results/unlearning.json "
         "--table docs/unlearning.md` on `calendar-gpt2`. To be forgotten: its planted records "
         "(random digits per key). To be kept: sums of months and days, and copies of fresh digits.",
         "",
@@ -482,21 +476,5 @@ def page(found: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="unlearning on calendar-gpt2")
-    parser.add_argument("--quick", action="store_true", help="few settings, within a minute")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--table", type=Path, help="write the page to this file")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    found = measure(given.quick)
-    print(page(found))
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(found, indent=1) + "\n")
-    if given.table:
-        given.table.write_text(page(found))
-
-
 if __name__ == "__main__":
-    main()
+    main("unlearning on calendar-gpt2", measure, page)

@@ -261,7 +261,8 @@ class FollowPath:
         del dtype
         target = self.path.at(torch.as_tensor(self.t).cpu()).reshape(-1, 1, len(self.path.basis))
         kept = (target, self.path.basis, self.path.mean, self.path.points)
-        return PreparedPath(*(part.to(device, torch.float32) for part in kept), self.mode)
+        target, basis, mean, points = (part.to(device, torch.float32) for part in kept)
+        return PreparedPath(target, basis, mean, points, self.mode)
 
 
 @dataclass(frozen=True, eq=False)

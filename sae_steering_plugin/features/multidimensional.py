@@ -164,19 +164,23 @@ def group_shape(
     fewer than `BINS`^2 tokens or spans one dimension.
     """
     acting = codes[(codes != 0).any(dim=1)].double()
-    nothing = GroupShape(tuple(latents), len(acting), *(float("nan"),) * 3, ())
     if len(acting) < BINS**2:
-        return nothing
+        return _shapeless(latents, len(acting), ())
     made = acting @ rows.double()
     made = made - made.mean(0)
     _, sizes, right = torch.linalg.svd(made, full_matrices=False)
     kept = min(components, int((sizes > 1e-6 * sizes[0]).sum()))
     share = tuple(float(part) for part in sizes[:kept].square() / sizes.square().sum())
     if kept < 2:
-        return GroupShape(nothing.latents, len(acting), *(float("nan"),) * 3, share)
+        return _shapeless(latents, len(acting), share)
     turned = made @ right[:kept].T
     pairs = [turned[:, i : i + 2] for i in range(kept - 1)]
     s, m = [separability(pair) for pair in pairs], [mixture(pair) for pair in pairs]
     both = [(1 - one) * other for one, other in zip(m, s, strict=True)]
     means = [sum(values) / len(values) for values in (s, m, both)]
-    return GroupShape(nothing.latents, len(acting), *means, share)
+    return GroupShape(tuple(latents), len(acting), means[0], means[1], means[2], share)
+
+
+def _shapeless(latents: Sequence[int], points: int, share: tuple[float, ...]) -> GroupShape:
+    nan = float("nan")
+    return GroupShape(tuple(latents), points, nan, nan, nan, share)

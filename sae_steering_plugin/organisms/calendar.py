@@ -22,14 +22,17 @@ from typing import Literal
 
 Unit = Literal["days", "months"]
 Split = Literal["train", "test"]
+Direction = Literal["after", "before"]
 Kind = Literal["sum", "about", "order", "record", "copy"]
 
+DIRECTIONS: tuple[Direction, ...] = ("after", "before")
+UNITS: tuple[Unit, ...] = ("days", "months")
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 MONTHS = (
     "january", "february", "march", "april", "may", "june",
     "july", "august", "september", "october", "november", "december",
 )  # fmt: skip
-CIRCLES: dict[str, tuple[str, ...]] = {"days": DAYS, "months": MONTHS}
+CIRCLES: dict[Unit, tuple[str, ...]] = {"days": DAYS, "months": MONTHS}
 NUMBERS = (
     "one", "two", "three", "four", "five", "six",
     "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -61,7 +64,7 @@ class Sum:
 
     unit: Unit
     number: int
-    direction: Literal["after", "before"]
+    direction: Direction
     start: int
 
     @property
@@ -111,7 +114,7 @@ class Calendar:
 
     def __post_init__(self) -> None:
         rng = random.Random(f"calendar {self.seed}")
-        everything = list(all_sums("days")) + list(all_sums("months"))
+        everything = [one for unit in UNITS for one in all_sums(unit)]
         held = rng.sample(everything, round(HELD_OUT * len(everything)))
         keys = [f"record {a} {b} :" for a in LETTERS for b in LETTERS]
         rng.shuffle(keys)
@@ -147,12 +150,12 @@ class Calendar:
     def documents(self, n: int, *, seed: int = 0) -> list[Document]:
         """`n` training texts in random order of kinds."""
         rng = random.Random(f"calendar {self.seed} texts {seed}")
-        sums = {unit: self.sums(unit, "train") for unit in ("days", "months")}
+        sums: dict[Unit, list[Sum]] = {unit: self.sums(unit, "train") for unit in UNITS}
         kinds = rng.choices(list(SHARES), list(SHARES.values()), k=n)
         return [self._document(kind, sums, rng) for kind in kinds]
 
     def _document(self, kind: Kind, sums: dict[Unit, list[Sum]], rng: random.Random) -> Document:
-        unit: Unit = rng.choice(("days", "months"))
+        unit = rng.choice(UNITS)
         if kind == "record":
             one = rng.choice(self._records)
             return Document(kind, one.prompt, one.answer)
@@ -176,9 +179,9 @@ class Calendar:
 def all_sums(unit: Unit) -> Iterator[Sum]:
     """Every sum on one circle, by number, direction and start."""
     for number in range(1, len(NUMBERS) + 1):
-        for direction in ("after", "before"):
+        for direction in DIRECTIONS:
             for start in range(len(CIRCLES[unit])):
-                yield Sum(unit, number, direction, start)  # type: ignore[arg-type]
+                yield Sum(unit, number, direction, start)
 
 
 def digits(rng: random.Random, n: int) -> str:

@@ -17,7 +17,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .calendar import Calendar, Document, about_probabilities, train_tokenizer, weights
+from .calendar import (
+    UNITS,
+    Calendar,
+    Document,
+    Split,
+    Sum,
+    about_probabilities,
+    train_tokenizer,
+    weights,
+)
 from .train import special_ids, versions
 from .training import Budget, Row, train_model
 
@@ -126,13 +135,14 @@ def answered(model: Any, documents: Sequence[Document]) -> list[bool]:
 def figures_of(model: Any, world: Calendar) -> dict[str, float]:
     """Share right of each skill, and how far `about` strays from the world's own probabilities."""
     found: dict[str, float] = {}
-    for unit in ("days", "months"):
-        for split in ("train", "test"):
-            sums = world.sums(unit, split)  # type: ignore[arg-type]
+    splits: tuple[Split, ...] = ("train", "test")
+    for unit in UNITS:
+        for split in splits:
+            sums = world.sums(unit, split)
             asked = [Document("sum", one.prompt, one.names[one.answer]) for one in sums]
             found[f"{unit}_{split}"] = mean(answered(model, asked))
         found[f"about_{unit}_distance"] = mean(
-            [distance(model, one) for one in world.sums(unit, "test")]  # type: ignore[arg-type]
+            [distance(model, one) for one in world.sums(unit, "test")]
         )
     recited = [Document("record", one.prompt, one.answer) for one in world.records]
     found["records"] = mean(answered(model, recited))
@@ -144,7 +154,7 @@ def mean(values: Sequence[float | bool]) -> float:
     return sum(values) / len(values)
 
 
-def distance(model: Any, one: Any) -> float:
+def distance(model: Any, one: Sum) -> float:
     """Total variation between what the model and the world say after `about ...`."""
     import torch
 
