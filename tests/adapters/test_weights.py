@@ -19,6 +19,7 @@ from sae_steering_plugin.adapters.weights import (
 from sae_steering_plugin.edits import Ablate, Add, Clamp, Gated, ProjectOut, Scale, SparseAdd
 from sae_steering_plugin.edits.gate import SimilarTo
 from sae_steering_plugin.edits.unexplained import Reconstruct
+from sae_steering_plugin.organisms import list_organisms, load_organism
 from sae_steering_plugin.types import (
     AFTER_PROMPT,
     ALL,
@@ -374,3 +375,16 @@ def test_sixteen_bit_weights_keep_their_dtype():
     with to_bias_edit(model, at("blocks.0.hook_resid_post")):
         assert model.blocks[0].mlp.out._original_component.bias.dtype == torch.bfloat16
     assert model.blocks[0].mlp.out._original_component.bias is None
+
+
+@pytest.mark.parametrize("name", list_organisms())
+def test_every_agent_carries_a_vector_somewhere_and_its_text_is_the_hooks(name):
+    model = load_organism(name, saes=()).model
+    site = carried_sites(model)[-1]
+    width = slots_of(model)["embed.W_E"].value().shape[1]
+    edit = at(site, 5 * torch.randn(width, generator=torch.Generator().manual_seed(1)))
+    prompt = "<bos><|user|>count the words<|end|><|assistant|>"
+    hooked = generate(model, prompt, edit, max_new_tokens=8, stop_at_eos=False)
+    with to_bias_edit(model, edit):
+        edited = generate(model, prompt, max_new_tokens=8, stop_at_eos=False)
+    assert torch.equal(hooked.tokens, edited.tokens)
