@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from benchmarks.timing import Clock, Report, exponent, interleaved, main, whole
-from sae_steering_plugin.organisms import list_organisms
+from sae_steering_plugin.organisms import data_folder, list_organisms
+from sae_steering_plugin.runs import screen_job
+from sae_steering_plugin.runs.subject import Subject
 from tests.hosts import tiny_sae
 from tests.local import model_folder
+from tests.runs.test_screening import screened
 
 KEYS = {
     "row", "what", "ratio", "target", "met", "exponent", "max_abs_error", "shapes", "dtype",
@@ -86,25 +89,34 @@ def test_presets_name_releases_that_saelens_knows():
 
 
 def test_the_comparison_of_widths_is_one_command_on_an_agent(tmp_path, capsys, monkeypatch):
+    """The screen itself is tested beside `screen_subject`; here: which two, and the table."""
     from benchmarks import presets
 
-    small = {
-        name: replace(one, contexts=64, fresh=64, features=60, group=4)
-        for name, one in presets.PRESETS.items()
-    }
-    monkeypatch.setattr(presets, "PRESETS", small)
+    asked, found = [], screened()
+
+    def recorded(*words, **options):
+        asked.append((words, options))
+        return found, Subject(None, words[0], tiny_sae(d_sae=64), words[1])
+
+    monkeypatch.setattr(screen_job, "screen_subject", recorded)
     agent = list_organisms()[0]
-    presets.main(
-        ["llama", "--compare", "llama-32x", "--model", agent, "--out", str(tmp_path), "--quick"]
-    )
+    presets.main(["llama", "--compare", "llama-32x", "--model", agent, "--out", str(tmp_path)])
+    assert [words for words, _ in asked] == [
+        (agent, "l2-topk-512", None),
+        (agent, "l2-topk-1024", None),
+    ]
+    for _, options in asked:
+        assert (options["target"], options["train_share"]) == ("clean", 0.7)
+        assert (options["sizes"].fresh, options["sizes"].panel) == (256, 1024)
     axes = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
     assert [(row["axis"], row["preset"]) for row in axes] == [
         (axis, name) for axis in ("stability", "spread", "clean") for name in ("llama", "llama-32x")
     ]
-    saes = [json.loads((tmp_path / n / "screen.json").read_text())["fresh"]["sae_id"] for n in
-            ("llama", "llama-32x")]  # fmt: skip
-    assert saes[0] != saes[1]
-    assert (tmp_path / "llama" / "clean" / "cfg.json").is_file()
+    assert (tmp_path / "llama-32x" / "clean" / "cfg.json").is_file()
+    for _, word, later in [w for w, _ in asked]:
+        folder = data_folder(agent) / "saes"
+        assert (folder / word).is_dir() and later is None
+        assert (folder / screen_job.downstream_word(agent, word)).is_dir()
 
 
 def test_a_preset_runs_on_folders(tmp_path, capsys, monkeypatch):
