@@ -162,8 +162,8 @@ def compare_probes(
       L1), "SAE top-k, as coded" (the plain difference), "SAE all, L1", "SAE reconstruction" and
       "SAE error" (L2, as raw).
     - text: "bag of words", which reads no activation.
-    - control: "random SAE top-k" and "random SAE all, L1": the same dictionary on activations that
-      were turned by a random rotation about the training mean.
+    - control: "random SAE top-k" and "random SAE all, L1": random directions in the place of the
+      dictionary's, as many, each firing on as many training rows (`random_codes`).
 
     The penalty and nothing else is chosen, by validation AUROC (the strongest on ties). Intervals
     are of the test AUROC alone: DeLong, or bootstrap over groups where groups hold several rows.
@@ -180,7 +180,7 @@ def compare_probes(
     other = None if shifted is None else as_numbers(shifted.activations)
     raw = Inputs(x, other)
     codes, kept, error = dictionary_inputs(sae, raw)
-    random = dictionary_inputs(sae, turned(raw, x[split.train].mean(0), seed))[0]
+    random = random_codes(raw, codes, split.train, seed)
     fit = Fit(labelled, shifted, split, seed)
     found = [fit.chosen("raw logistic", "raw", raw, dense_logistic)]
     found += [fit.chosen(f"raw top-{k}", "raw", raw, top_columns(k, "standard")) for k in top_k]
@@ -247,16 +247,31 @@ def dictionary_inputs(sae: Any, raw: Inputs) -> tuple[Inputs, Inputs, Inputs]:
     return codes, kept, error
 
 
-def turned(raw: Inputs, middle: np.ndarray, seed: int) -> Inputs:
-    """Rows turned by a random rotation about `middle`: lengths and distances stay, directions of
-    the dictionary mean nothing."""
-    drawn = np.random.default_rng([seed, 1]).standard_normal((len(middle), len(middle)))
-    rotation = np.linalg.qr(drawn)[0]
+def random_codes(raw: Inputs, codes: Inputs, train: np.ndarray, seed: int) -> Inputs:
+    """Codes of random directions that fire as often as the dictionary's features do.
 
-    def turn(rows: Rows) -> Rows:
-        return (rows - middle) @ rotation + middle
+    As many directions as features, drawn uniformly; each code is the projection above a threshold
+    that as many training rows pass as fire the feature in whose place it stands. So width and
+    sparsity are the dictionary's, and what was learned is not.
+    """
+    rng = np.random.default_rng([seed, 1])
+    middle = raw.rows[train].mean(0)
+    drawn = rng.standard_normal((raw.rows.shape[1], codes.rows.shape[1]))
+    drawn /= np.linalg.norm(drawn, axis=0)
 
-    return Inputs(turn(raw.rows), None if raw.shifted is None else turn(raw.shifted))
+    def projected(rows: Rows) -> np.ndarray:
+        return (rows - middle) @ drawn
+
+    rising = np.sort(projected(raw.rows[train]), axis=0)
+    fires = (codes.rows[train] != 0).sum(axis=0)
+    below = len(train) - 1 - fires  # the largest value that does not pass
+    threshold = np.take_along_axis(rising, np.maximum(below, 0)[None], axis=0)[0]
+    threshold = np.where(below < 0, rising[0] - 1.0, threshold)
+
+    def coded(rows: Rows) -> np.ndarray:
+        return np.maximum(projected(rows) - threshold, 0.0)
+
+    return Inputs(coded(raw.rows), None if raw.shifted is None else coded(raw.shifted))
 
 
 # Probes -------------------------------------------------------------------------------------------

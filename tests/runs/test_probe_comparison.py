@@ -8,6 +8,7 @@ import torch
 
 from sae_steering_plugin.effects.intervals import Interval
 from sae_steering_plugin.runs.probe_comparison import (
+    Inputs,
     ProbeComparison,
     ProbeScore,
     area_interval,
@@ -16,6 +17,7 @@ from sae_steering_plugin.runs.probe_comparison import (
     logistic,
     mean_nonzero,
     quiver_of_arrows,
+    random_codes,
 )
 from tests.directions.planted import labelled_of, orthonormal_sae
 from tests.hosts import D_MODEL
@@ -59,6 +61,19 @@ def test_shifted_rows_of_the_same_law_score_alike_and_the_random_dictionary_does
     assert table["random SAE top-1"].test < table["SAE top-1"].test - 0.1
     assert set(table.n.values()) == {240, 80, 200}
     assert len(table.table()) == len(table.scores)
+
+
+def test_random_directions_fire_as_often_as_the_features_they_stand_for():
+    rng = np.random.default_rng(0)
+    raw = Inputs(rng.standard_normal((60, 5)) + 3.0, rng.standard_normal((7, 5)))
+    rates = np.array([0.0, 0.1, 0.5, 1.0, 0.3, 0.25, 0.9])
+    codes = Inputs(np.where(rng.random((60, 7)) < rates, 1.0, 0.0), None)
+    train = np.arange(0, 60, 2)
+    found = random_codes(raw, codes, train, 3)
+    assert np.array_equal((found.rows[train] > 0).sum(0), (codes.rows[train] > 0).sum(0))
+    assert found.shifted.shape == (7, 7) and (found.rows >= 0).all()
+    again, other = (random_codes(raw, codes, train, seed).rows for seed in (3, 4))
+    assert np.array_equal(found.rows, again) and not np.array_equal(found.rows, other)
 
 
 def test_words_that_say_nothing_leave_the_text_baseline_at_chance(planted):

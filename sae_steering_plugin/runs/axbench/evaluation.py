@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from ..judges.calibrated import CalibratedRatings
 from ..judges.three import LLMRatings, ThreeRatings
 from ..parts import collect
 from ..protocols import Evaluation, Rows
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from ..runner import Runner
 
 JUDGES = (
-    "offline (a stand-in, not calibrated), world (a rule, for the world's concepts), "
-    "api:MODEL@URL, model:FOLDER"
+    "offline (a stand-in, not calibrated), offline:FILE (calibrated, see runs.judges.calibrated), "
+    "world (a rule, for the world's concepts), api:MODEL@URL, model:FOLDER"
 )
 DEFAULT_METHODS = (UNSTEERED, "diff_mean")
 COMPARED = (
@@ -51,6 +52,8 @@ def open_ratings(
     rule on concepts that are not the world's."""
     if word == "offline":
         return offline_ratings(concepts)
+    if word.startswith("offline:"):
+        return CalibratedRatings.of(offline_ratings(concepts), word.partition(":")[2])
     if word == "world":
         if not is_world(concepts):
             raise ValueError(f"{concepts.source} holds concepts that are not the world's")
