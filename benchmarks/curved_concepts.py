@@ -120,13 +120,16 @@ class Circle:
         out: dict[str, dict[str, float]] = {}
         for arm, changes in self.arms(start, stop, seeds).items():
             rows = []
-            for change in changes:
-                said = said_along(self.model, [one.prompt for one in asked], change, self.words,
-                                  hook_name=self.site)  # fmt: skip
+            for number, change in enumerate(changes):
+                # each of several random vectors is tried on one prompt, in turn
+                some = slice(None) if len(changes) == 1 else slice(number % len(h), None, len(h))
+                said = said_along(self.model, [one.prompt for one in asked[some]], change,
+                                  self.words, hook_name=self.site)  # fmt: skip
                 made = change.prepare(dtype=torch.float32, device="cpu")
                 steps = change.batch_rows
                 moved = torch.stack([
-                    x + made(x.expand(steps, 1, -1)).expand(steps, 1, -1)[:, 0] for x in h
+                    x + made(x.expand(steps, 1, -1)).expand(steps, 1, -1)[:, 0]
+                    for x in h[some]
                 ])  # fmt: skip
                 ratio = off_manifold_ratio(moved.flatten(0, 1), self.natural, self.held_activations)
                 inside = off_manifold_ratio(*(
@@ -293,9 +296,10 @@ def page(found: Mapping[str, Any]) -> str:
         f"{PER_STEP} waypoints per step, the shorter way round. Path and chord run through means "
         "of the other half of the sums, in the subspace of those means; `add difference` adds t "
         f"times the difference of the two means; `random` adds {RANDOM_SEEDS} random vectors of "
-        "that length. p goal: probability of the second name at the end. p between: probability of "
-        "each name on the way when the way is there. Off way: probability of anything not on the "
-        "way, over all waypoints. Energy: mean Hellinger distance of what is said to the "
+        "that length, each on one prompt. p goal: probability of the second name at the end. "
+        "p between: probability of each name on the way when the way is there. Off way: "
+        "probability of anything not on the way, over all waypoints. Energy: mean Hellinger "
+        "distance of what is said to the "
         "closed curve through what unsteered sums say (a definition of this project; the paper's "
         "may differ in scale). Off manifold: distance to the nearest natural activation, 1 is that "
         "of unsteered held-out ones, in the whole space and in the space of the class "

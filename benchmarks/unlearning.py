@@ -232,7 +232,7 @@ def relearned(model: Any, tasks: Tasks, edits: Sequence[Edit], quick: bool) -> d
 
 def chosen_settings(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     """Per edit the setting that forgets most on half A among those that retain 95 % of the base."""
-    enough, best = 0.95 * rows[0]["retain"], []
+    enough, best = ENOUGH * rows[0]["retain"], []
     for arm in ("clamp", "fuzz"):
         fit = [
             i for i, r in enumerate(rows)
@@ -369,6 +369,45 @@ HEADS = "records | forget score | retain score | months | days | copies"
 RULE = " | ".join(["---:"] * 6)
 
 
+ENOUGH = 0.95
+"""Share of the base's retain score below which a setting is not looked at in the summary."""
+
+RECITED = 0.05
+"""Share of the records recited whole at which they count as forgotten in the summary."""
+
+
+def in_short(found: Mapping[str, Any]) -> list[str]:
+    """Per family the setting that forgets most while retaining enough, in words."""
+    base = found["edits"][0]
+    lines = []
+    for name, rows in (
+        ("edits on chosen features", [r for r in found["edits"][1:] if not r["control"]]),
+        ("RMU", found["rmu"]),
+        ("cuts by curvature", [r for r in found["curvature"] if r["arm"] == "curvature"]),
+        ("cuts by singular values", [r for r in found["curvature"] if r["arm"] != "curvature"]),
+    ):
+        kept = [r for r in rows if r["retain"] >= ENOUGH * base["retain"]]
+        if not kept:
+            lines.append(f"- {name}: no setting retains {ENOUGH:.0%}.")
+            continue
+        best = max(kept, key=lambda r: forgot(r, base))
+        line = (
+            f"- {name}: {best['records']:.0%} of the records still recited, forget score "
+            f"{forgot(best, base):.2f} at retain score {best['retain'] / base['retain']:.2f}"
+        )
+        if "relearned" in best:
+            first, *_, last = best["relearned"].values()
+            line += f"; digits right {first:.2f}, after relearning {last:.2f}"
+        gone = [r["retain"] / base["retain"] for r in rows if r["records"] <= RECITED]
+        line += (
+            f". Highest retain score with at most {RECITED:.0%} recited: {max(gone):.2f}."
+            if gone
+            else f". No setting has at most {RECITED:.0%} recited."
+        )
+        lines.append(line)
+    return lines
+
+
 def page(found: Mapping[str, Any]) -> str:
     """The results as the page in docs/."""
     edits, base = found["edits"], found["edits"][0]
@@ -387,6 +426,10 @@ def page(found: Mapping[str, Any]) -> str:
         f"| model | {HEADS} |",
         f"| --- | {RULE} |",
         f"| unedited | {cells(base, base)} |",
+        "",
+        f"Of each family the setting that forgets most among those that retain {ENOUGH:.0%}:",
+        "",
+        *in_short(found),
         "",
         "## Edits on chosen features",
         "",
@@ -451,15 +494,16 @@ def page(found: Mapping[str, Any]) -> str:
         "",
         "MLP matrices cut to the pairs of directions of largest curvature (arXiv 2510.24256), up "
         "to a share rho of it, and cut to their largest singular values at the same energy. "
-        "Gradients from labels drawn from the model (Fisher) or from the data's own. Share: pairs "
-        "or ranks kept.",
+        "Gradients from labels drawn from the model (Fisher); cuts with the data's own labels are "
+        "in the JSON file. Share: pairs or ranks kept.",
         "",
-        f"| labels | blocks | rho | energy | cut | share | {HEADS} |",
-        f"| --- | --- | ---: | ---: | --- | ---: | {RULE} |",
+        f"| blocks | rho | energy | cut | share | {HEADS} |",
+        f"| --- | ---: | ---: | --- | ---: | {RULE} |",
         *(
-            f"| {row['labels']} | {', '.join(map(str, row['blocks']))} | {row['rho']:g} | "
+            f"| {', '.join(map(str, row['blocks']))} | {row['rho']:g} | "
             f"{row['energy']:.3f} | {row['arm']} | {row['pairs']:.3f} | {cells(row, base)} |"
             for row in found["curvature"]
+            if row["labels"] == "model"
         ),
         "",
         "Curvature along decoder rows (d' G d over its mean in all directions): latents chosen to "
