@@ -207,7 +207,7 @@ def page(found: Sequence[dict[str, Any]]) -> str:
     for columns, words in COLUMNS.items():
         some = [one for one in found if one["columns"] == columns]
         if some:
-            lines += ["", f"# Forecast from {words}", "", *compared(some)]
+            lines += ["", f"## Forecast from {words}", "", *compared(some)]
     lines += [
         "",
         "`count_per_effect` falls when the effect grows: read it beside `effect`. One last token, "
@@ -235,7 +235,7 @@ def compared(found: Sequence[dict[str, Any]]) -> list[str]:
     for other, words in (("random", "any of the equals"), ("score", "the best score")):
         lines += [
             "",
-            f"## Cleanest forecast minus {words}",
+            f"### Cleanest forecast minus {words}",
             "",
             "| dictionary | " + " | ".join(name.replace("_", " ") for name in SHOWN) + " |",
             "| --- | " + " | ".join("---" for _ in SHOWN) + " |",
@@ -269,7 +269,7 @@ def reading(found: Sequence[dict[str, Any]]) -> list[str]:
         up = row["figure"] == "stability_abs"
         return row["high"] < 0 if up else row["low"] > 0
 
-    lines = ["## Reading", "", "In brackets the mean of the other way.", ""]
+    lines = ["### Reading", "", "In brackets the mean of the other way.", ""]
     for other in ("random", "score"):
         parts = []
         for figure in ("stability_abs", "count_per_effect"):

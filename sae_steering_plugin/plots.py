@@ -8,7 +8,7 @@ self-contained; the same figure in Plotly costs four megabytes of JavaScript.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sae_steering_plugin.types import UNITS, Effect, escaped
@@ -355,6 +355,64 @@ def effects_svg(
             parts += [cross(x(one.d), at, describe(one)) for one in controls]
     middle = (left + WIDTH - RIGHT) / 2
     parts.append(text(middle, bottom + 36, outcome_axis(effects), anchor="middle"))
+    return svg(bottom + 46, title, parts)
+
+
+SCREENED = {"clean": "#009e73", "random": "#56b4e9", "messy": "#d55e00", "rest": "#8a8a8a"}
+"""Colours of a screen's groups, and of the pool features in none of them."""
+
+
+def scatter_svg(
+    points: Sequence[tuple[float, float, str, str]], *, across: str, up: str, title: str = ""
+) -> str:
+    """Points (x, y, group, tip) as an SVG element, groups as `SCREENED` colours them.
+
+    Points with an undefined coordinate are left out and counted below. ValueError without any.
+    """
+    drawn = [one for one in points if math.isfinite(one[0]) and math.isfinite(one[1])]
+    if not drawn:
+        raise ValueError("there is no point to draw")
+    order = [name for name in SCREENED if any(one[2] == name for one in drawn)]
+    entries = [(name, SCREENED[name], "point") for name in order]
+    legend, tall = legend_svg(entries)
+    top, bottom = (34.0 if title else 12.0), 330.0
+    x_ticks, y_ticks = ticks(*(p[0] for p in drawn)), ticks(*(p[1] for p in drawn))
+    x = scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT - 10)
+    y = scale(y_ticks[0], y_ticks[-1], bottom, top)
+    parts = [grid_x(x, x_ticks, top, bottom), grid_y(y, y_ticks)]
+    for name in reversed(order):  # the groups lie on top of the rest
+        parts += [
+            dot(x(a), y(b), SCREENED[name], tip, hollow=name == "rest")
+            for a, b, group, tip in drawn
+            if group == name
+        ]
+    left_out = len(points) - len(drawn)
+    words = across + (f" ({left_out} undefined left out)" if left_out else "")
+    parts.append(text((LEFT + WIDTH - RIGHT) / 2, bottom + 36, words, anchor="middle"))
+    parts.append(turned(16.0, (top + bottom) / 2, up))
+    parts.append(f'<g transform="translate({LEFT:.0f},{bottom + 50:.0f})">{legend}</g>')
+    return svg(bottom + 56 + tall, title, parts)
+
+
+def groups_svg(groups: Mapping[str, Sequence[float]], *, across: str, title: str = "") -> str:
+    """Each group's values as a row of points with its mean as a bar, in an SVG element."""
+    values = [v for found in groups.values() for v in found if math.isfinite(v)]
+    if not values:
+        raise ValueError("there is no point to draw")
+    top = 34.0 if title else 12.0
+    bottom = top + 34 * len(groups) + 4
+    x_ticks = ticks(*values)
+    x = scale(x_ticks[0], x_ticks[-1], LEFT + 40, WIDTH - RIGHT - 10)
+    parts = [grid_x(x, x_ticks, top, bottom)]
+    for row, (name, found) in enumerate(groups.items()):
+        at, kept = top + 34 * row + 20, [v for v in found if math.isfinite(v)]
+        colour = SCREENED.get(name, GREY)
+        parts.append(text(LEFT + 30, at + 4, f"{name} ({len(kept)})", anchor="end"))
+        parts += [dot(x(v), at, colour, f"{name} {v:.3f}", hollow=True) for v in kept]
+        if kept:
+            mean = sum(kept) / len(kept)
+            parts.append(rule(x(mean), at - 12, x(mean), at + 12, colour, ' stroke-width="4"'))
+    parts.append(text((LEFT + WIDTH - RIGHT) / 2, bottom + 36, across, anchor="middle"))
     return svg(bottom + 46, title, parts)
 
 

@@ -4,11 +4,14 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from sae_steering_plugin.plots import (
+    SCREENED,
     dose_response_figure,
     dose_response_svg,
     effect_table,
     effects_figure,
     effects_svg,
+    groups_svg,
+    scatter_svg,
     ticks,
 )
 from sae_steering_plugin.types import Effect
@@ -117,3 +120,25 @@ def test_ticks_cover_their_range_evenly(ends: tuple[float, float]) -> None:
     assert 2 <= len(found) <= 12
     steps = [b - a for a, b in zip(found, found[1:], strict=False)]
     assert steps == pytest.approx([steps[0]] * len(steps), rel=1e-6)
+
+
+def test_a_scatter_shows_every_defined_point_in_its_groups_colour_and_counts_the_others():
+    points = [(0.0, 1.0, "clean", "a<b"), (1.0, 2.0, "messy", ""), (math.nan, 0.0, "rest", "")]
+    root = ET.fromstring(scatter_svg(points, across="forecast", up="measured", title="one"))
+    dots = [c.get("fill") for c in root.iter(f"{NS}circle") if c.get("r") == "4"]
+    shown = dots[: len(dots) - 2]  # the legend has one of each, at the end
+    assert sorted(shown) == sorted([SCREENED["clean"], SCREENED["messy"]])
+    words = " ".join(t.text or "" for t in root.iter(f"{NS}text"))
+    assert "forecast (1 undefined left out)" in words and "measured" in words
+    with pytest.raises(ValueError, match="no point to draw"):
+        scatter_svg(points[2:], across="", up="")
+
+
+def test_groups_are_rows_with_their_means():
+    drawing = groups_svg({"clean": [0.0, 1.0], "messy": [3.0, math.nan]}, across="stability")
+    root = ET.fromstring(drawing)
+    bars = [r for r in root.iter(f"{NS}line") if r.get("stroke-width") == "4"]
+    assert len(bars) == 2 and float(bars[0].get("x1")) < float(bars[1].get("x1"))
+    assert "messy (1)" in drawing and "clean (2)" in drawing
+    with pytest.raises(ValueError, match="no point to draw"):
+        groups_svg({"clean": []}, across="")
