@@ -104,6 +104,22 @@ def world_plan(name: str, folder: str, quick: bool, words: bool = False) -> AxBe
     )
 
 
+def budget_plan(name: str, folder: str, texts: int, quick: bool) -> AxBenchPlan:
+    """Methods that learn from labels, with as many labelled texts per concept."""
+    learned = ["diff_mean", "reft_r1", "lora", "sae_auroc", "supervised", "supervised_chosen"]
+    return axbench_plan(
+        name,
+        folder,
+        lines([UNSTEERED, *(learned[::4] if quick else learned)], quick),
+        sae=primary_sae(name),
+        concept_ids=world_numbers(quick, False),
+        n_instructions=10,
+        max_new_tokens=24,
+        factor_block=14,
+        name=f"world_{name}_{texts}_texts",
+    )
+
+
 def real_plan(quick: bool, concepts: int) -> AxBenchPlan | None:
     """The first concepts of concept10 on the small real model; None where the data is not."""
     folder = DATA / "axbench" / "concept10" / "prod_2b_l10_v1"
@@ -197,6 +213,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few concepts and methods: a minute")
     parser.add_argument("--models", nargs="*", default=None, help="organisms; all if not given")
     parser.add_argument("--words", action="store_true", help="also concepts of one word each")
+    parser.add_argument(
+        "--budgets", nargs="*", type=int, default=[], help="also with so few labelled texts (16 72)"
+    )
     parser.add_argument("--no-real", action="store_true", help="leave the small real model out")
     parser.add_argument("--real-concepts", type=int, default=10, help="of concept10's ten")
     parser.add_argument("--json", type=Path, help="write every table to this file")
@@ -216,6 +235,11 @@ def main() -> None:
             plan = world_plan(name, concepts, arguments.quick, arguments.words)
             title = f"{name}: {len(plan.concept_ids)} concepts of its world"
             results[title] = run(plan, "world", out / name)
+            for texts in arguments.budgets:
+                few = world_concepts(train=texts // 2).write(out / f"world-concepts-{texts}")
+                plan = budget_plan(name, str(few), texts, arguments.quick)
+                title = f"{name}: {len(plan.concept_ids)} concepts, {texts} labelled texts each"
+                results[title] = run(plan, "world", out / f"{name}-{texts}")
         real = None if arguments.no_real else real_plan(arguments.quick, arguments.real_concepts)
         if real is not None:
             title = f"concept10 (2B L10) on {REAL_MODEL}: {len(real.concept_ids)} concepts"

@@ -93,6 +93,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from .runs.learning import learning_report, preference_report
     from .runs.learning_record import GradientRecord
     from .runs.open_ended import evaluate_open_ended
+    from .runs.option_choice import choose_options
     from .runs.outcome_correlation import collect_outcomes
     from .runs.probe_comparison import compare_probes, quiver_of_arrows
     from .runs.rollout_plan import RolloutPlan
@@ -166,6 +167,7 @@ _ROOMS: dict[str, str] = {
     "runs.learning_record": "GradientRecord",
     "runs.updates": "update_report weight_report",
     "runs.open_ended": "evaluate_open_ended",
+    "runs.option_choice": "choose_options",
     "runs.outcome_correlation": "collect_outcomes",
     "runs.probe_comparison": "compare_probes quiver_of_arrows",
     "runs.rollouts": "run_rollouts dose_response",

@@ -384,7 +384,10 @@ def select(
         str, typer.Option(help="full (with the causal filter) or interpretability.")
     ] = "full",
     score: Annotated[str, typer.Option(help="f1, auroc, mean_difference, cohens_d, ...")] = "f1",
-    order: Annotated[str, typer.Option(help="score, output or product (of both ranks).")] = "score",
+    order: Annotated[
+        str,
+        typer.Option(help="score, equals (output score among equal scores), output or product."),
+    ] = "score",
     pooling: Annotated[
         str, typer.Option(help="frequency, mean, max, last or any, over a text's tokens.")
     ] = "frequency",

@@ -1,16 +1,23 @@
 """Every method of the table on a concept that is one word of a made-up language."""
 
 import random
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 
 from sae_steering_plugin.adapters.activations import activations_at, encode_texts, padded
+from sae_steering_plugin.adapters.learning import learning_logits
 from sae_steering_plugin.adapters.sharing import steered_logits
 from sae_steering_plugin.adapters.steering import steer
+from sae_steering_plugin.organisms import list_organisms, load_organism
 from sae_steering_plugin.runs.axbench.detection import auroc
 from sae_steering_plugin.runs.axbench.texts import ChatForm, read_texts
+from sae_steering_plugin.runs.axbench.world import known_concepts, labelled_rows
+from sae_steering_plugin.runs.choice_evaluation import primary_sae
 from sae_steering_plugin.runs.steering_methods import METHODS, ConceptData, Fitted, find_method
 from sae_steering_plugin.runs.subject import Subject
 from sae_steering_plugin.runs.tuned.descent import Schedule, descend, summary
@@ -354,3 +361,48 @@ def test_what_cannot_be_fitted_says_why(subject):
             [w], 2, lambda rows, _: w.sum() * float("nan"), Schedule(1, 1, 1, 1.0),
             torch.Generator(),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list_organisms())
+def test_trained_methods_learn_a_concept_of_an_organisms_world(name):
+    organism = load_organism(name)
+    subject = Subject(organism.model, name, organism.saes[primary_sae(name)])
+    pirate = known_concepts()[0]
+    rows = labelled_rows(0, pirate, "train", 8, 0)
+    sides = {
+        side: tuple((r["input"], r["output"]) for r in rows if r["category"] == side)
+        for side in ("positive", "negative")
+    }
+    data = ConceptData(pirate.words, sides["positive"], sides["negative"])
+    batch = ResponseTexts.of(subject, data.positives).batch(range(8))
+
+    def loss(fitted: Fitted | None) -> float:
+        """Of the concept's own responses, as the method learned them."""
+        edits = ()
+        if fitted is not None:
+            fitted.max_activation = 1.0
+            edits = fitted.edits(1.0)
+        with torch.no_grad(), nullcontext() if fitted is None else fitted.applied():
+            logits = learning_logits(
+                subject.model, batch.tokens, edits, prompt_lengths=batch.prompts
+            )
+        return float(batch.loss(logits))
+
+    before = {key: one.clone() for key, one in subject.model.named_parameters()}
+    plain = loss(None)
+    schedule = Schedule(8, 1, 8, 0.03)
+    slower = replace(schedule, learning_rate=0.003)
+    for word, settings in (
+        ("ssv", {"schedule": schedule}),
+        ("loreft", {"schedule": schedule, "rank": 1}),
+        ("lora", {"schedule": slower, "dropout": 0.0}),
+    ):
+        if word == "lora" and find_spec("peft") is None:
+            continue
+        fitted = find_method(word, **settings).fit(subject, data, seed=0)
+        assert loss(fitted) < plain, word
+    reft = find_method("reft_r1", schedule=replace(schedule, clip=1.0)).fit(subject, data, seed=0)
+    learned = reft.vector.recipe.settings["loss"]
+    assert learned["last"] < learned["first"] and reft.vector.norm == pytest.approx(1, abs=1e-5)
+    assert all(torch.equal(one, before[key]) for key, one in subject.model.named_parameters())
+    assert loss(None) == plain

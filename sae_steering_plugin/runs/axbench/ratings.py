@@ -120,6 +120,18 @@ def mean_of(values: Float[np.ndarray, " text"]) -> float:
     return float(kept.mean()) if len(kept) else math.nan
 
 
+def hm_of_means(scores: Sequence[SteeringScore]) -> float:
+    """The mean over concepts of the harmonic mean of each one's mean ratings; 0 where uncovered.
+
+    The aggregation of arXiv 2505.20063, never below AxBench's (the mean of harmonic means) and no
+    AxBench score. NaN without scores.
+    """
+    if not scores:
+        return math.nan
+    kept = [[s.aspects[name] for name in ASPECTS] if s.covered else [0.0] * 3 for s in scores]
+    return float(harmonic_mean(np.asarray(kept, dtype=np.float64)).mean())
+
+
 def uncovered(concept_id: int, method: str) -> SteeringScore:
     """The score of a method that found nothing to steer a concept with: 0, and marked."""
     nothing = dict.fromkeys(ASPECTS, math.nan)

@@ -22,6 +22,7 @@ from .ratings import (
     Missing,
     SteeringScore,
     as_array,
+    hm_of_means,
     mean_of,
     perplexity,
     selection_half,
@@ -179,7 +180,8 @@ class AxBenchResults:
 
         Ratings, perplexity and displacement are of the rows behind the score. Winrates are against
         the first of `REFERENCES` that was run. `with DiffMean` is the score when an uncovered
-        concept falls back to that method instead of to nothing.
+        concept falls back to that method instead of to nothing. `HM of means` is another paper's
+        aggregation (`hm_of_means`).
         """
         scores = self.scores(rated) if scores is None else scores
         by_method = grouped(scores)
@@ -206,6 +208,7 @@ class AxBenchResults:
                     "concepts": len(own),
                     "covered": len(kept),
                     "with DiffMean": fallen_back(own, instead),
+                    "HM of means": shown(hm_of_means(own)),
                     "covered score": shown(mean_of(np.array([one.score for one in kept]))),
                     "fallback 50": behind[behind["fallback"].eq(True)]["concept_id"].nunique(),
                     "unrated": sum(one.unrated for one in own),

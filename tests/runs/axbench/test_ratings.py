@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sae_steering_plugin.runs.axbench.ratings import (
     as_array,
     harmonic_mean,
+    hm_of_means,
     perplexity,
     selection_half,
     steering_score,
@@ -42,6 +43,16 @@ def test_the_harmonic_mean_lies_between_its_ratings_and_forgets_their_order(rati
     found = float(harmonic_mean(np.array(ratings, float)))
     assert found == float(harmonic_mean(np.array(ratings[::-1], float)))
     assert min(ratings) <= found + 1e-12 and found <= max(ratings) + 1e-12
+
+
+def test_the_harmonic_mean_of_means_is_another_aggregation_and_never_below():
+    ratings = np.array([[0.0, 2, 2]] * 6 + [[2, 2, 2]] * 2 + [[0, 2, 2]] * 2)
+    found = steering_score(0, "m", [1.0] * 10, list(range(10)), ratings, instructions=10)
+    assert found.score == pytest.approx(2 * 2 / 5)  # the reported half: two of five texts score
+    assert hm_of_means([found]) == pytest.approx(3 / (1 / 0.8 + 1 / 2 + 1 / 2))
+    assert hm_of_means([found]) > found.score
+    assert hm_of_means([found, uncovered(1, "m")]) == pytest.approx(hm_of_means([found]) / 2)
+    assert math.isnan(hm_of_means([]))
 
 
 def test_instructions_zero_to_four_choose_and_five_to_nine_report():
