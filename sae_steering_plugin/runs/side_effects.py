@@ -374,7 +374,7 @@ class _Bench:
         self.read = None if self.downstream is None else site_names(self.downstream)[0]
         self.keep = reads_context(self.downstream)
         self.cap = lens_settings(self.model)["soft_cap"]
-        self.gram = None if self.full or self.cap is not None else head_gram(self.model)
+        self.gram = None if self.cap is not None else head_gram(self.model)
         self.kept: tuple[Tensor, Tensor] | None = None
         self.panel_parts: Any = None
         if self.downstream is not None and self.survey.panel is not None and not self.keep:
@@ -429,15 +429,19 @@ class _Bench:
     def _reduced(self, shifts: Tensor, clean: Tensor) -> dict[str, Any]:
         """Stability of one direction from its shifts of the final residual, and with logits their
         own figures."""
+        figures: dict[str, Any] = {}
         if self.gram is not None:
             wide = shifts.double()
-            return gram_stability(wide @ self.gram @ wide.T).to_dict()
+            figures = gram_stability(wide @ self.gram @ wide.T).to_dict()
+            if not self.full:
+                return figures
         before = self._clean_logits(clean)
         after = head_logits(self.model, clean + shifts, cap=self.cap)
         moved = after.sub_(before)
         moved[~shifts.any(dim=1).to(moved.device)] = 0.0
-        wide = moved.double()
-        figures = gram_stability(wide @ wide.T).to_dict()
+        if self.gram is None:
+            wide = moved.double()
+            figures = gram_stability(wide @ wide.T).to_dict()
         if self.full:
             means = shifted(before, moved).nanmean(dim=0).tolist()
             figures |= dict(zip(shift_columns(), means, strict=True))

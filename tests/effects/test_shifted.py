@@ -32,3 +32,15 @@ def test_a_shift_of_zero_has_no_shares():
     assert found["kl_clean_steered"] == 0.0
     assert math.isnan(found["logit_share_top10"])
     assert found["logits_effective"] == 0.0
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.3, 8.0, 60.0])
+def test_divergences_of_small_and_of_huge_shifts_are_those_in_double_precision(scale):
+    generator = torch.Generator().manual_seed(0)
+    clean = 3 * torch.randn(4, 5000, generator=generator)
+    shift = scale * torch.randn(4, 5000, generator=generator)
+    p, q = ((x.double()).log_softmax(-1) for x in (clean, clean.double() + shift.double()))
+    found = shifted(clean, shift)
+    # float32 sums of squares of the shift: relative to the divergence itself
+    torch.testing.assert_close(found[:, 0], (p.exp() * (p - q)).sum(-1), rtol=2e-3, atol=0)
+    torch.testing.assert_close(found[:, 1], (q.exp() * (q - p)).sum(-1), rtol=2e-3, atol=0)
