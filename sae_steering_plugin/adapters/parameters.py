@@ -76,6 +76,15 @@ class Slot:
         assert weight is not None
         return torch.zeros_like(exact(weight)[:, 0])
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of `value`, which is not formed."""
+        held, weight = self.held, self.module._parameters.get("weight")
+        if held is not None:
+            return self.from_host(torch.empty(held.shape, device="meta")).shape
+        assert weight is not None
+        return weight.shape[:1]
+
     def from_host(self, tensor: Tensor) -> Tensor:
         if self.transposed:
             tensor = tensor.T

@@ -76,8 +76,8 @@ class WeightEdit:
 
     model: Model = field(repr=False)
     deltas: tuple[tuple[str, Tensor], ...]
-    _held: list[tuple[Slot, nn.Parameter | None, nn.Parameter]] = field(
-        default_factory=list, repr=False
+    _held: list[tuple[Slot, nn.Parameter | None, nn.Parameter]] | None = field(
+        default=None, repr=False
     )
 
     @property
@@ -85,33 +85,33 @@ class WeightEdit:
         return tuple(name for name, _ in self.deltas)
 
     def apply(self) -> WeightEdit:
-        """The same edit, in effect. Raises RuntimeError when it is already, or compiled in."""
-        if self._held:
+        """The same edit, in effect. Raises RuntimeError when it is already, or for a compiled
+        model."""
+        if self._held is not None:
             raise RuntimeError("this weight edit is applied already: revert() it first")
         refuse_compiled(self.model)
         slots = slots_of(self.model)
-        for name, delta in self.deltas:
-            slot = slots[name]
-            new = slot.moved(delta)
-            self._held.append((slot, slot.held, new))
+        moved = [(slots[name], slots[name].moved(delta)) for name, delta in self.deltas]
+        self._held = [(slot, slot.held, new) for slot, new in moved]
+        for slot, new in moved:
             slot.put(new)
         return self
 
     def revert(self) -> None:
         """Every parameter as it was, bit for bit (the same objects)."""
-        if not self._held:
+        if self._held is None:
             raise RuntimeError("this weight edit is not applied: nothing to revert")
         for slot, _, new in self._held:
             if slot.held is not new:
                 raise RuntimeError(
                     f"{slot.name} was replaced after this edit: revert the later edits first"
                 )
-        for slot, old, _ in reversed(self._held):
+        for slot, old, _ in self._held:
             slot.put(old)
-        self._held.clear()
+        self._held = None
 
     def __enter__(self) -> WeightEdit:
-        return self if self._held else self.apply()
+        return self if self._held is not None else self.apply()
 
     def __exit__(self, *error: object) -> None:
         self.revert()
@@ -119,7 +119,7 @@ class WeightEdit:
     def as_state_dict(self) -> dict[str, Tensor]:
         """The edited parameters, at least float32: `load_state_dict(..., strict=False)` of a
         `HookedTransformer` of the same weights takes them."""
-        before = {slot.name: (slot, old) for slot, old, _ in self._held}
+        before = {slot.name: (slot, old) for slot, old, _ in self._held or ()}
         slots, out = slots_of(self.model), {}
         for name, delta in self.deltas:
             slot, old = before.get(name, (slots[name], slots[name].held))
@@ -129,7 +129,7 @@ class WeightEdit:
 
     def __repr__(self) -> str:
         listed = ", ".join(f"{name} {tuple(delta.shape)}" for name, delta in self.deltas)
-        return f"WeightEdit({'applied, ' if self._held else ''}{listed})"
+        return f"WeightEdit({'applied, ' if self._held is not None else ''}{listed})"
 
 
 def to_bias_edit(model: Model, edits: Steering) -> WeightEdit:
@@ -217,13 +217,12 @@ def added(model: Model, edits: Sequence[Edit]) -> dict[str, Tensor]:
     for edit in edits:
         step = constant_of(edit)
         slot, place = target_of(model, slots, edit.site)
-        value = slot.value()
         if place.kind == "z":
             matrix = slots[slot.name.replace("b_O", "W_O")].value().flatten(0, -2).cpu()
             _refuse_width(step, len(matrix), edit.site)
             step = step.to(matrix.dtype) @ matrix
-        _refuse_width(step, value.shape[-1], edit.site)
-        deltas[slot.name] = deltas.get(slot.name, torch.zeros(())) + step.expand(value.shape)
+        _refuse_width(step, slot.shape[-1], edit.site)
+        deltas[slot.name] = deltas.get(slot.name, torch.zeros(())) + step.expand(slot.shape)
     return deltas
 
 

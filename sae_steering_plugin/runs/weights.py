@@ -100,7 +100,7 @@ def rank_one_edit(
             )
         fit, held = halves(model, slots[matrix], texts, prepend_bos, batch_size)
         mean = fit.double().mean(0).float()
-        deltas.append((matrix, rank_one(vector, mean).reshape(slots[matrix].value().shape)))
+        deltas.append((matrix, rank_one(vector, mean).reshape(slots[matrix].shape)))
         found = factors(held, mean).double()
         low, high = torch.quantile(found, torch.tensor([0.05, 0.95]).double()).tolist()
         error = float((found - 1).square().mean().sqrt())
