@@ -152,6 +152,8 @@ def measure(report: Report) -> None:
             size = wanted.abs().clamp_min(1.0)
             error = report.agree(f"labels, full={full}", got / size, wanted / size, TOLERANCE)
 
+    _thresholds(report, model, sae, site, read, tokens, width, strength)
+
     def loop(clock: Clock) -> None:
         with clock:
             for i in range(sampled):
@@ -225,6 +227,61 @@ def measure(report: Report) -> None:
         grown[-1] / grown[0],
         exponent=exponent(lengths, grown),
         shapes=shapes,
+    )
+
+
+def _thresholds(
+    report: Report,
+    model: Any,
+    sae: Any,
+    site: str,
+    read: str,
+    tokens: Any,
+    width: int,
+    strength: float,
+) -> None:
+    """Labels under a JumpReLU dictionary, whose codes jump by the threshold where two ways of
+    computing differ by rounding: every watched code agrees, but for those whose float64
+    pre-activation lies at its threshold to rounding. These are counted."""
+    import torch
+
+    from benchmarks.dictionaries import jumprelu
+    from sae_steering_plugin.adapters.columns import ContextRows
+    from sae_steering_plugin.adapters.sae_parts import decoder_rows, parts_of
+
+    d = int(model.cfg.d_model)
+    later = jumprelu(d, width, residuals(model, read, tokens[:16]), hook_name=read)
+    watched = torch.arange(min(2048, width))
+    naive = Naive(model, sae, later, site, read, watched)
+    parts = parts_of(later, watched.tolist(), "cpu")
+    some = tokens[:8]
+    laid = ContextRows(model, some, site, read)
+    columns = later.W_enc.detach()[:, watched].double()
+    at_threshold = compared = 0
+    worst = torch.zeros(())
+    for feature in range(2):
+        row = strength * decoder_rows(sae, [feature])[0]
+        column = laid.under(row.expand(len(some), -1)).read
+        with torch.no_grad():
+            ours = parts.encode_rows(column)
+        theirs = torch.stack([naive.one(one, row)[1] for one in some])
+        apart = (ours > 0) != (theirs > 0)
+        pre = (column.double() - later.b_dec.double()) @ columns + later.b_enc[watched].double()
+        scale = float(column.norm(dim=1).max())
+        margin = (pre - later.threshold[watched].double())[apart] / scale
+        if len(margin):
+            zero = torch.zeros(len(margin))
+            report.agree("margins of codes on one side only", margin, zero, 2e-5)
+        same = torch.where(apart, 0.0, (ours - theirs) / scale)
+        report.agree("codes on both sides", same, torch.zeros_like(same), TOLERANCE)
+        worst = torch.maximum(worst, same.abs().max())
+        at_threshold, compared = at_threshold + int(apart.sum()), compared + apart.numel()
+    report.add(
+        "  jump",
+        "share of watched JumpReLU codes at their threshold to rounding, all others equal",
+        at_threshold / compared,
+        error=float(worst),
+        shapes=f"{at_threshold} of {compared} codes",
     )
 
 
