@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sae_steering_plugin.adapters.engine import generate
 from sae_steering_plugin.adapters.sharing import steered_logits
 from sae_steering_plugin.edits.path import ConceptPath, FollowPath, concept_path, second_derivatives
+from sae_steering_plugin.effects.manifold import off_manifold_ratio
 from sae_steering_plugin.types import ALL, DECODE, LAST, Edit
 from tests.hosts import D_MODEL, SITE, tiny_bridge, tiny_hooked, tokens_of_length
 from tests.oracles import unchecked
@@ -221,3 +222,23 @@ def test_rows_can_stand_at_different_points(model):
         alone = steered_logits(model, ids, FollowPath(path, t))
         torch.testing.assert_close(together[row], alone[0], atol=1e-4, rtol=1e-4)
     assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+def test_between_opposite_classes_the_path_stays_near_the_planted_circle_and_the_chord_leaves_it():
+    g = torch.Generator().manual_seed(0)
+    angle = torch.rand(600, generator=g) * TURN
+    plane = torch.linalg.qr(torch.randn(D_MODEL, 2, generator=g)).Q
+    x = 5 * torch.stack([angle.cos(), angle.sin()], dim=1) @ plane.T
+    x = x + 0.1 * torch.randn(x.shape, generator=g)
+    labels = (angle / TURN * 7).long()
+    path = concept_path(x, labels, components=2)
+    ratio = {}
+    for name, curve, t in (
+        ("path", path, path.waypoints(0, 3, 9)),
+        ("chord", path.chord(0, 3), torch.linspace(0, 1, 9)),
+    ):
+        h = x[labels == 0][:1].expand(9, -1)[:, None]
+        moved = (h + FollowPath(curve, t).prepare(**F32)(h))[:, 0]
+        ratio[name] = off_manifold_ratio(moved, x[:300], x[300:])
+    assert ratio["path"].max() < 3 < ratio["chord"].max()
+    assert ratio["path"].mean() < 0.5 * ratio["chord"].mean()
