@@ -11,13 +11,9 @@ of the concept's lexicon over random features of the same length, on openings of
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.pages import asked, give  # noqa: E402
 from benchmarks.selection_recall import labelled  # noqa: E402
 from sae_steering_plugin import load_organism, select_features  # noqa: E402
 from sae_steering_plugin.effects.contrast import corrected, effect  # noqa: E402
@@ -34,7 +31,6 @@ from sae_steering_plugin.organisms import list_organisms  # noqa: E402
 from sae_steering_plugin.runs.axbench.world import known_concepts  # noqa: E402
 from sae_steering_plugin.runs.causal_scores import output_scores  # noqa: E402
 from sae_steering_plugin.runs.choice_evaluation import primary_sae  # noqa: E402
-from sae_steering_plugin.runs.demo import versions  # noqa: E402
 from sae_steering_plugin.runs.option_choice import (  # noqa: E402
     choose_options,
     measured_gains,
@@ -326,14 +322,7 @@ def page(synthetic: Sequence[Mapping[str, Any]], world: Sequence[Mapping[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--models", nargs="*", default=list_organisms())
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--table", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+    options = asked(str(__doc__), list_organisms())
     quick = options.quick
     synthetic = [
         row
@@ -341,13 +330,7 @@ def main() -> None:
         for row in synthetic_rows(noise, 500 if quick else 1500, 8 if quick else CONCEPTS)
     ]
     world = [row for name in options.models for row in world_rows(name, quick)]
-    text = page(synthetic, world)
-    print(text)
-    if options.json:
-        about = {"versions": versions(), "quick": quick, "synthetic": synthetic, "world": world}
-        options.json.write_text(json.dumps(about, indent=1) + "\n")
-    if options.table:
-        options.table.write_text(text)
+    give(options, {"synthetic": synthetic, "world": world}, page(synthetic, world))
 
 
 if __name__ == "__main__":

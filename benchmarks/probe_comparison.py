@@ -9,20 +9,16 @@ Detection only: how well a probe reads a concept says nothing about steering for
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 
+from benchmarks.pages import asked, give  # noqa: E402
 from sae_steering_plugin import (  # noqa: E402
     collect_labelled,
     compare_probes,
@@ -32,10 +28,10 @@ from sae_steering_plugin import (  # noqa: E402
 from sae_steering_plugin.effects.intervals import mean_interval  # noqa: E402
 from sae_steering_plugin.organisms import list_organisms  # noqa: E402
 from sae_steering_plugin.runs.choice_evaluation import primary_sae  # noqa: E402
-from sae_steering_plugin.runs.demo import finite, versions  # noqa: E402
 from sae_steering_plugin.runs.labelled_texts import world_statements  # noqa: E402
 
 TOP_K = (1, 5, 20)
+SEEDS = (0,)
 
 
 def measure(name: str, quick: bool) -> dict[str, Any]:
@@ -45,7 +41,7 @@ def measure(name: str, quick: bool) -> dict[str, Any]:
     own = world_statements(200 if quick else 500)
     away = world_statements(100 if quick else 250, split="test", seed=1)
     chosen = list(own.labels)[:2] if quick else list(own.labels)
-    seeds = (0,) if quick else (0, 1)
+    seeds = (0,) if quick else SEEDS
     found = []
     for concept in chosen:
         sides = {
@@ -104,7 +100,7 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         n = ", ".join(f"{part} {count}" for part, count in one["n"].items())
         lines += [
             "",
-            f"## {one['model']}, {one['sae']}: {one['concepts']} concepts, {one['seeds']} seeds "
+            f"## {one['model']}, {one['sae']}: {one['concepts']} concepts, {one['seeds']} seed(s) each "
             f"({n})",
             "",
             "| probe | kind | test | shifted |",
@@ -128,22 +124,9 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--models", nargs="*", default=list_organisms())
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--table", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+    options = asked(str(__doc__), list_organisms())
     results = [measure(name, options.quick) for name in options.models]
-    text = page(results)
-    print(text)
-    if options.json:
-        about = {"versions": versions(), "quick": options.quick, "results": results}
-        options.json.write_text(json.dumps(finite(about), indent=1) + "\n")
-    if options.table:
-        options.table.write_text(text)
+    give(options, {"results": results}, page(results))
 
 
 if __name__ == "__main__":

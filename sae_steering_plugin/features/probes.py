@@ -164,10 +164,12 @@ class _Fit:
         forcing: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Conjugate gradients on (1 + C A' D A) dw = -gradient: d alpha, K d alpha, d intercept."""
-        left, k_left, b_left, bend, forcing = (
+        rough: list[np.ndarray] = [
             one.astype(np.float32) for one in (-r, -kr, -slope, bend, forcing)
-        )
-        step, b_step = np.zeros_like(left), np.zeros_like(b_left)
+        ]
+        left, k_left, b_left, bend, forcing = rough
+        step: np.ndarray = np.zeros_like(left)
+        b_step: np.ndarray = np.zeros_like(b_left)
         p, kp, bp = left, k_left, b_left
         size = (left * k_left).sum(axis=0) + b_left**2
         goal = forcing**2 * size
