@@ -100,8 +100,8 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         n = ", ".join(f"{part} {count}" for part, count in one["n"].items())
         lines += [
             "",
-            f"## {one['model']}, {one['sae']}: {one['concepts']} concepts, {one['seeds']} seed(s) each "
-            f"({n})",
+            f"## {one['model']}, {one['sae']}: {one['concepts']} concepts, {one['seeds']} seed(s) "
+            f"each ({n})",
             "",
             "| probe | kind | test | shifted |",
             "| --- | --- | --- | --- |",
