@@ -280,6 +280,26 @@ def shown(value: float | None) -> str:
     return "-" if value is None or value != value else f"{value:.3f}"
 
 
+def in_short(found: Mapping[str, Any]) -> list[str]:
+    """Opposite pairs, path against chord, and the best groups of each variant, in a line each."""
+    lines = []
+    opposite = [row for row in found["steering"] if row["pairs"] == "opposite"]
+    for site, unit in dict.fromkeys((row["site"], row["unit"]) for row in opposite):
+        arms = {r["arm"]: r for r in opposite if (r["site"], r["unit"]) == (site, unit)}
+        told = "; ".join(
+            f"{arm}: names between {arms[arm]['p_between']:.2f}, off the way "
+            f"{arms[arm]['off_way']:.2f}, off manifold {arms[arm]['off_manifold']:.2f}"
+            for arm in ("path", "path, order given", "chord")
+        )
+        lines.append(f"- {unit}, `{site}`, opposite names. {told}.")
+    for name in dict.fromkeys(row["sae"] for row in found["groups"]):
+        first = [r for r in found["groups"] if r["sae"] == name and r.get("rank") == 1]
+        best = {r["variant"]: r["score"] for r in first}
+        told = ", ".join(f"{variant} {score:.2f}" for variant, score in best.items())
+        lines.append(f"- {name}, score of the best group: {told}.")
+    return lines
+
+
 def page(found: Mapping[str, Any]) -> str:
     """The results as the page in docs/."""
     lines = [
@@ -289,6 +309,10 @@ def page(found: Mapping[str, Any]) -> str:
         "benchmarks/results/curved_concepts.json --table docs/curved_concepts.md` on "
         "`calendar-gpt2` (sums such as `three days after friday is monday`; the circles are the "
         "world's own).",
+        "",
+        "In short (what the words mean stands below):",
+        "",
+        *in_short(found),
         "",
         "## Path against chord",
         "",
