@@ -179,6 +179,32 @@ def checked(found: AxBenchResults, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def reading(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """What the tables of one model answer: does supervised selection close the gap to LoRA?"""
+    found = []
+    for title, rows in tables.items():
+        if title.startswith("steering (") and {row["score"] for row in rows} == {"0"}:
+            found.append(
+                "Every method scores 0: this model is too small to take up AxBench's instructions, "
+                "so that the run shows the protocol at work and ranks nothing."
+            )
+        if not title.startswith("paired tests") or found:
+            continue
+        for row in rows:
+            method, _, reference = row["comparison"].partition(" against ")
+            if reference != "lora":
+                continue
+            if float(row["p, Holm"]) >= 0.05:
+                said = "no gap is shown"
+            else:
+                said = "the gap stays open" if row["difference"].startswith("-") else "it is above"
+            found.append(
+                f"- `{method}` against LoRA: {row['difference']} over {row['concepts']} concepts, "
+                f"Holm p {row['p, Holm']}: {said}."
+            )
+    return [*found, ""] if found else []
+
+
 def page(results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], quick: bool) -> str:
     text = [
         f"# AxBench's protocol on small models: {PROXY}",
@@ -197,7 +223,7 @@ def page(results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], quick
         "",
     ]
     for name, tables in results.items():
-        text += [f"## {name}", ""]
+        text += [f"## {name}", "", *reading(tables)]
         for title, rows in tables.items():
             text += [f"{title}; {PROXY}:" if PROXY not in title else f"{title}:", ""]
             heads = list(rows[0])
