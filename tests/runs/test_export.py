@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_steering_plugin.adapters.checkpoint import plain_model
 from sae_steering_plugin.adapters.engine import generate
+from sae_steering_plugin.adapters.sae_lens import SteeringDictionary, load_sae
 from sae_steering_plugin.adapters.sharing import steered_logits
+from sae_steering_plugin.adapters.transformer_lens import load_model
 from sae_steering_plugin.adapters.weights import (
     EVERYWHERE,
     NotConvertible,
@@ -261,3 +263,17 @@ def test_what_a_control_vector_cannot_do_is_refused(tmp_path):
     other.close()
     with pytest.raises(ValueError, match="holds a 'llama'"):
         read_gguf(path)
+
+
+def test_a_real_model_with_a_trained_sae_is_saved_with_a_features_row(data, tmp_path):
+    model = load_model(str(data / "stories260k"))
+    sae = load_sae(next(path.parent for path in sorted(data.glob("saes-stories260k/**/cfg.json"))))
+    (vector,) = SteeringDictionary.from_features(sae, [3]).vectors()
+    edit = Edit(Add(vector, 4.0), positions=EVERYWHERE)
+    export_checkpoint(model, edit, tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    plain.generation_config.eos_token_id = None
+    tokens = model.tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
+    found = plain.generate(tokens, do_sample=False, max_new_tokens=32)
+    hooked = generate(model, tokens, edit, max_new_tokens=32, stop_at_eos=False)
+    assert torch.equal(found, hooked.tokens)

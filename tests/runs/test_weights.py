@@ -4,12 +4,14 @@ from functools import cache
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from sae_steering_plugin.adapters.peft import low_rank_adapter, low_rank_deltas
 from sae_steering_plugin.adapters.sharing import steered_logits
 from sae_steering_plugin.adapters.weights import EVERYWHERE, NotConvertible, to_bias_edit
 from sae_steering_plugin.concepts import LowRankDelta
 from sae_steering_plugin.edits import Add
+from sae_steering_plugin.runs.export import export_checkpoint
 from sae_steering_plugin.runs.weights import inputs_of, lora_vector, matrix_of, rank_one_edit
 from sae_steering_plugin.types import Edit
 from tests.hosts import (
@@ -86,6 +88,21 @@ def test_a_rank_one_edit_acts_on_the_model_as_its_matrix_says():
     handle.remove()
     torch.testing.assert_close(edited, wanted, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(edited, steered_logits(model, tokens), atol=1e-2)
+
+
+def test_a_rank_one_edit_is_saved_where_no_bias_exists(tmp_path):
+    model, site = model_of("qwen3"), "blocks.1.hook_resid_post"
+    with pytest.raises(NotConvertible, match="down_proj has no bias"):
+        export_checkpoint(model, at(site), tmp_path / "bias")
+    weights = rank_one_edit(model, at(site), TEXTS).weights
+    saved = AutoModelForCausalLM.from_pretrained(
+        export_checkpoint(model, weights, tmp_path / "rank one")
+    )
+    tokens = tokens_of_length(1, 9)
+    with weights, torch.no_grad():
+        torch.testing.assert_close(
+            saved(tokens).logits, steered_logits(model, tokens), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_a_constant_update_is_its_vector_and_nothing_is_left():
