@@ -12,16 +12,16 @@ figures are printed, written to the JSON file and, as tables, to the page.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import timing
+from benchmarks import studies
 
 TARGETS = (
     "stability_abs",
@@ -594,44 +594,21 @@ def add_gradients(path: Path, only: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="forecasts of side effects")
-    parser.add_argument("--quick", action="store_true", help="one dictionary, small")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--page", type=Path)
-    parser.add_argument("--only", help="part of a dictionary's name")
-    parser.add_argument("--tables", type=Path, help="only the page, from an earlier --json file")
+    parser = studies.options("forecasts of side effects")
     parser.add_argument(
         "--gradients", action="store_true", help="only the gradient predictors, into --json FILE"
     )
     arguments = parser.parse_args()
-    import logging
-    import warnings
-
-    import torch
-
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    if arguments.tables:
-        found: list[dict[str, Any]] = json.loads(arguments.tables.read_text())["dictionaries"]
-        (arguments.page or Path("docs/side_effects.md")).write_text(page(found))
-        return
+    studies.quietly()
     if arguments.gradients:
         add_gradients(arguments.json, arguments.only or "")
         return
-    listed = [job for job in jobs() if not arguments.only or arguments.only in job.name]
-    found = []
-    for job in listed[:1] if arguments.quick else listed:
-        found.append(studied(job, quick=arguments.quick))
-        print(f"{job.name}: {found[-1]['seconds']:.0f} s", flush=True)
-        if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            told = {"versions": timing.versions(), "dictionaries": found}
-            arguments.json.write_text(json.dumps(told, indent=1) + "\n")
-    text = page(found)
-    if arguments.page:
-        arguments.page.write_text(text)
-    print(text)
+    named = ((job.name, partial(one_record, job, arguments.quick)) for job in jobs())
+    studies.run(arguments, named, page, "docs/side_effects.md")
+
+
+def one_record(job: Job, quick: bool) -> list[dict[str, Any]]:
+    return [studied(job, quick=quick)]
 
 
 if __name__ == "__main__":

@@ -12,14 +12,12 @@ passes or fails: the figures are printed, written to the JSON file and, as table
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from benchmarks import timing
+from benchmarks import studies
 
 SAES = ("topk-512", "standard-512", "jumprelu-512", "topk-1024")
 COLUMNS = {
@@ -313,38 +311,17 @@ def reading(found: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="what choosing by forecast buys")
-    parser.add_argument("--quick", action="store_true", help="one dictionary, small")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--page", type=Path)
-    parser.add_argument("--only", help="part of a dictionary's name")
-    parser.add_argument("--tables", type=Path, help="only the page, from an earlier --json file")
-    arguments = parser.parse_args()
-    import logging
-    import warnings
+    arguments = studies.options("what choosing by forecast buys").parse_args()
+    studies.quietly()
+    named = (
+        (f"{model} {word}", partial(records, model, word, arguments.quick))
+        for model, word in jobs()
+    )
+    studies.run(arguments, named, page, "docs/forecast_choice.md")
 
-    import torch
 
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    if arguments.tables:
-        found = json.loads(arguments.tables.read_text())["dictionaries"]
-        (arguments.page or Path("docs/forecast_choice.md")).write_text(page(found))
-        return
-    listed = [job for job in jobs() if not arguments.only or arguments.only in " ".join(job)]
-    found = []
-    for model, word in listed[:1] if arguments.quick else listed:
-        found += studied(model, word, quick=arguments.quick)
-        print(f"{model} {word}: {found[-1]['seconds']:.0f} s", flush=True)
-        if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            told = {"versions": timing.versions(), "dictionaries": found}
-            arguments.json.write_text(json.dumps(told, indent=1) + "\n")
-    text = page(found)
-    if arguments.page:
-        arguments.page.write_text(text)
-    print(text)
+def records(model: str, word: str, quick: bool) -> list[dict[str, Any]]:
+    return list(studied(model, word, quick=quick))
 
 
 if __name__ == "__main__":
