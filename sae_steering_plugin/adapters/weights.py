@@ -222,7 +222,8 @@ def added(model: Model, edits: Sequence[Edit]) -> dict[str, Tensor]:
             _refuse_width(step, len(matrix), edit.site)
             step = step.to(matrix.dtype) @ matrix
         _refuse_width(step, slot.shape[-1], edit.site)
-        deltas[slot.name] = deltas.get(slot.name, torch.zeros(())) + step.expand(slot.shape)
+        rows = step.expand(slot.shape)
+        deltas[slot.name] = deltas[slot.name] + rows if slot.name in deltas else rows
     return deltas
 
 
