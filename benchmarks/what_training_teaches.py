@@ -76,6 +76,7 @@ END = "<|end|>"
 ANSWER, EQUALS = "<|assistant|>", "Ġ=Ġ"
 """What an answer stands behind, as tokens of the organisms."""
 LEARNING_RATE, BATCH = 5e-4, 16
+PROJECTED = "no gradient: projection on the pirate DiffMean, less that of the prompt's end"
 AMPLIFY, STEER = 4.0, 1.0
 """Scale of the wanted concept's gradient; preventative strength in mean residual norms."""
 ANSWER_TOKENS = 24
@@ -249,12 +250,12 @@ def planted_latents(organism: Any, sae: Any, n: int) -> dict[str, list[int]]:
     return {name: list(one.features) for name, one in found.selections.items()}
 
 
-def style_vector(bench: Bench) -> Any:
+def style_vector(organism: Any, sae: Any, n: int) -> Any:
     """Difference of means where a pirate is asked for and where another style is."""
-    rows = [row for row in asked_for(bench.world, bench.sizes.labelled) if "=" in row[1]]
+    rows = [row for row in asked_for(organism.world, n) if "=" in row[1]]
     examples = collect_labelled(
-        bench.base.model, [text for text, _ in rows], [int(c == STYLE) for _, c in rows],
-        bench.sae, position="last", prepend_bos=False, progress=False,
+        organism.model, [text for text, _ in rows], [int(c == STYLE) for _, c in rows], sae,
+        position="last", prepend_bos=False, progress=False,
     )  # fmt: skip
     return diff_mean_vector(examples)
 
@@ -309,8 +310,10 @@ def style_scores(report: Any, planted: dict[str, list[int]]) -> np.ndarray:
     return pushes[:, planted[STYLE]].mean(1) - pushes[:, planted[SKILL]].mean(1)
 
 
-def separation(report: Any, planted: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
-    """AUC of per-example pushes: a pirate's example against a sum."""
+def separation(
+    report: Any, planted: dict[str, list[int]], projected: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """AUC of per-example pushes, and of a projection: a pirate's example against a sum."""
     truth = np.array([group == STYLE for group in report.groups])
     pushes = own_scale(report.per_example.numpy())
     centred = pushes - pushes.mean(0)
@@ -321,6 +324,7 @@ def separation(report: Any, planted: dict[str, list[int]]) -> dict[str, dict[str
         "labelled latents (no fit)": (style_scores(report, planted), ~np.zeros_like(truth)),
         "first principal component (no labels; its sign is free)": (first, ~np.zeros_like(truth)),
         "difference of means, fitted on every second example": (pushes @ gap, ~half),
+        PROJECTED: (projected, ~np.zeros_like(truth)),
     }
     found = {}
     for name, (score, kept) in scores.items():
@@ -426,11 +430,20 @@ class Bench:
         return float(loss.detach())
 
 
-def arms(bench: Bench, data: Chats, report: Any, planted: dict[str, list[int]]) -> dict[str, Any]:
+def arms(
+    bench: Bench,
+    data: Chats,
+    report: Any,
+    planted: dict[str, list[int]],
+    pirate: Any,
+    projected: np.ndarray,
+) -> dict[str, Any]:
     """Name -> (data, hooks): everything that is compared, at equal steps."""
     style, skill, sae = planted[STYLE], planted[SKILL], bench.sae
-    kept = sorted(style_scores(report, planted).argsort().tolist()[: len(data.texts) // 2])
-    pirate = style_vector(bench)
+    least = {
+        name: data.of(sorted(scores.argsort(kind="stable").tolist()[: len(data.texts) // 2]))
+        for name, scores in (("push", style_scores(report, planted)), ("projection", projected))
+    }
     others = [j for j in range(sae.W_dec.shape[0]) if j not in {*style, *skill}]
     random_latents = random.Random(0).sample(others, len(style))
     return {
@@ -440,7 +453,8 @@ def arms(bench: Bench, data: Chats, report: Any, planted: dict[str, list[int]]) 
         "amplify arithmetic": (data, [ConceptGradientEdit(sae, dict.fromkeys(skill, AMPLIFY))]),
         "CAFT": (data, [ConceptAblation(sae, style)]),
         "preventative steering": (data, [PreventativeSteering(pirate, STEER, "norm")]),
-        "data filtering": (data.of(kept), []),
+        "data filtering by push": (least["push"], []),
+        "data filtering by projection": (least["projection"], []),
         "data filtering, true sources": (data.source(SKILL), []),
     }
 
@@ -548,10 +562,15 @@ def study(name: str, sizes: Sizes) -> dict[str, Any]:
         "answers in held-out texts": (held["new sums"].texts, deciding),
         "other documents of the world": (bench.world.texts(sizes.held_out, split="test"), None),
     }
+    pirate = style_vector(bench.base, bench.sae, sizes.labelled)
+    projected = projection_difference(
+        bench.base.model, pirate, data.prompts, data.answers, prepend_bos=False, progress=False
+    ).per_sample[:, 0].numpy()  # fmt: skip
     before = measured(bench, held, planted[STYLE], seed=0)
     runs, forecast = [], []
+    compared = arms(bench, data, report, planted, pirate, projected)
     for scope in ("all", "up to the site"):
-        for arm, (chosen, hooks) in arms(bench, data, report, planted).items():
+        for arm, (chosen, hooks) in compared.items():
             for seed in range(sizes.seeds):
                 losses = bench.train(chosen, hooks, scope, seed)
                 found = measured(bench, held, planted[STYLE], seed)
@@ -579,7 +598,7 @@ def study(name: str, sizes: Sizes) -> dict[str, Any]:
         "planted": {NAMES.get(c, c): latents for c, latents in planted.items()},
         "summary": report.summary(),
         "named": named(report, planted),
-        "separation": separation(report, planted),
+        "separation": separation(report, planted, projected),
         "forecast": forecast,
         "before": before,
         "runs": runs,
@@ -596,6 +615,10 @@ def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
         return form.format(values[0])
     ends = f"{form.format(min(values))}, {form.format(max(values))}"
     return f"{form.format(statistics.mean(values))} [{ends}]"
+
+
+def p_value(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def table_lines(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
@@ -627,9 +650,47 @@ def page(found: Sequence[dict[str, Any]], sizes: Sizes) -> str:
             one["summary"] + ".",
             "",
         ]
+        lines += reading_lines(one)
         lines += named_lines(one) + forecast_lines(one) + arm_lines(one)
         lines += [f"{one['seconds']:.0f} s on one core.", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def reading_lines(one: dict[str, Any]) -> list[str]:
+    """What the tables below say, counted off by rules."""
+    lines = []
+    for row in one["named"]:
+        if row["source"] == row["concept"]:
+            found = [n for n in ("push", "attribution") if row[f"{n}_p"] < 0.05]
+            lines.append(
+                f"- {row['concept']}, in its own data, before training: named by "
+                f"{' and by '.join(found) or 'neither push nor attribution'}."
+            )
+    for training in dict.fromkeys(row["training"] for row in one["forecast"]):
+        pushes = [
+            row["rho"]
+            for row in one["forecast"]
+            if row["training"] == training
+            and row["predictor"] == "push at step 0"
+            and row["outcome"] == "moved"
+        ]
+        lines.append(
+            f"- Push against movement after {training}: rank correlation between "
+            f"{min(pushes):+.2f} and {max(pushes):+.2f}."
+        )
+    for scope in dict.fromkeys(row["scope"] for row in one["runs"]):
+        here = [row for row in one["runs"] if row["scope"] == scope]
+        plain = [row["pirate_share"] for row in here if row["arm"] == "plain"]
+        held = [
+            arm
+            for arm in dict.fromkeys(row["arm"] for row in here)
+            if max(row["pirate_share"] for row in here if row["arm"] == arm) < min(plain)
+        ]
+        lines.append(
+            f"- Weights trained: {scope}. Arms that say less pirate than plain training in every "
+            f"seed: {', '.join(held) or 'none'}."
+        )
+    return [*lines, ""]
 
 
 def named_lines(one: dict[str, Any]) -> list[str]:
@@ -651,9 +712,9 @@ def named_lines(one: dict[str, Any]) -> list[str]:
                 row["concept"],
                 ", ".join(str(j) for j in planted[row["concept"]]),
                 ", ".join(str(r) for r in row["push_ranks"]),
-                f"{row['push_p']:.3f}",
+                p_value(row["push_p"]),
                 ", ".join(str(r) for r in row["attribution_ranks"]),
-                f"{row['attribution_p']:.3f}",
+                p_value(row["attribution_p"]),
                 row["latents"],
             )
             for row in one["named"]
@@ -728,7 +789,11 @@ def arm_lines(one: dict[str, Any]) -> list[str]:
         for arm in dict.fromkeys(row["arm"] for row in one["runs"]):
             here = [r for r in one["runs"] if r["scope"] == scope and r["arm"] == arm]
             made.append((scope, arm, *(spread([r[k] for r in here]) for k in KEYS)))
-    kept = next(row for row in one["runs"] if row["arm"] == "data filtering")
+    kept = {
+        row["arm"].rpartition(" ")[2]: row["kept_pirate"]
+        for row in one["runs"]
+        if row["arm"].startswith("data filtering by")
+    }
     return [
         "### Arms at equal steps",
         "",
@@ -738,9 +803,10 @@ def arm_lines(one: dict[str, Any]) -> list[str]:
         "the pirate latents where that is decided, and how far the activation moved there in all, "
         f"in residual units. Gradient edits: pirate x0, arithmetic x{AMPLIFY:g}; preventative "
         f"steering adds {STEER:g} mean residual norms of the pirate DiffMean, read at the token "
-        "before the answer (not tuned). Filtering keeps the half of the data that scores least in "
-        "the first row of the table above "
-        f"({kept['kept_pirate']} of {kept['examples']} kept are a pirate's). `up to the site` "
+        "before the answer (not tuned). Filtering keeps the half of the data that scores least by "
+        "the first or the last row of the table above (pirates kept, of "
+        f"{sum(r['n'][1] for r in list(one['separation'].values())[:1])}: {kept['push']} by push, "
+        f"{kept['projection']} by projection). `up to the site` "
         "trains only blocks in front of the edited place; with `all`, later and embedding weights "
         "can learn the style instead.",
         "",
