@@ -122,6 +122,10 @@ def _each_pair_once(report: Report) -> None:
         "GEMM": whole(lambda: products(rows, everything, lambda *_: None)),
     }
     times = interleaved(variants, rounds=3)
+    used = peak_of(lambda: nearest_rows(rows, K))
+    what = "memory of each pair once, scaled to 131072 rows, in units of 500 MB"
+    share = used * 131_072 / width / 500
+    report.add("5d", what, share, target=1.0, shapes=f"{used:.0f} MB at {width}")
     shapes = f"all of {width} rows x {D}, k = {K}"
     for row, what, name, target, sieve in (
         ("5b", "each pair once, over the whole product", "once", 0.75, False),

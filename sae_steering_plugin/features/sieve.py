@@ -23,10 +23,15 @@ ACCUMULATED = 2.0**-24
 """Relative rounding of one float32 addition; a product of length d has d of them."""
 
 
+BLOCK = 4096
+"""Rows compared with their copies at once."""
+
+
 def rounded(rows: Float[Tensor, "row d"]) -> tuple[Tensor, Float[Tensor, " row"]]:
     """The rows in bfloat16, and how far each lies from what it was."""
     narrow = rows.bfloat16()
-    return narrow, (rows - narrow.float()).norm(dim=1)
+    parts = zip(rows.split(BLOCK), narrow.split(BLOCK), strict=True)
+    return narrow, torch.cat([(wide - some.float()).norm(dim=1) for wide, some in parts])
 
 
 def slack(
