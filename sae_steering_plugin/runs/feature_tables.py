@@ -38,8 +38,9 @@ def decoder_geometry(
 
     Cost: w^2 d operations for all w rows (each pair once), and a third more; memory: two copies of
     the rows, 1 kB a row and 32 MB. `sieve` multiplies in bfloat16 first and works out in float32
-    what could be near (`features.sieve`): the same figures to rounding; None decides by how fast
-    this machine is at it, and `settings["sieve"]` says what was done. Raises ValueError when k is
+    what could be near (`features.sieve`): the same figures to rounding, with half a copy of the
+    rows and 2 kB a row more; None decides by how fast this machine is at it, and
+    `settings["sieve"]` says what was done. Raises ValueError when k is
     not between 1 and the number of other rows, IndexError for a feature the dictionary lacks.
     Source: arXiv 2606.08365, code.
     """
