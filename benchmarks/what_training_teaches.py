@@ -680,15 +680,20 @@ def reading_lines(one: dict[str, Any]) -> list[str]:
         )
     for scope in dict.fromkeys(row["scope"] for row in one["runs"]):
         here = [row for row in one["runs"] if row["scope"] == scope]
-        plain = [row["pirate_share"] for row in here if row["arm"] == "plain"]
-        held = [
-            arm
+        shares = {
+            arm: [row["pirate_share"] for row in here if row["arm"] == arm]
             for arm in dict.fromkeys(row["arm"] for row in here)
-            if max(row["pirate_share"] for row in here if row["arm"] == arm) < min(plain)
+        }
+        less = [
+            f"{arm} ({statistics.mean(found):.2f})"
+            for arm, found in shares.items()
+            if max(found) < min(shares["plain"])
         ]
         lines.append(
-            f"- Weights trained: {scope}. Arms that say less pirate than plain training in every "
-            f"seed: {', '.join(held) or 'none'}."
+            f"- Weights trained: {scope}. Share of answers that talk like a pirate after plain "
+            f"training: {statistics.mean(shares['plain']):.2f} (untrained "
+            f"{one['before']['pirate_share']:.2f}). Arms below it in every seed: "
+            f"{', '.join(less) or 'none'}."
         )
     return [*lines, ""]
 

@@ -170,14 +170,16 @@ def low_rank_deltas(model: Any, *, adapter: str = "default") -> dict[str, LowRan
         named: list[tuple[str, Any]] = [(one.name, one.layer) for one in model.projections]
     else:
         named = [(plain_name(name), one) for name, one in model.named_modules()]
+    layers: list[tuple[str, Any]] = [
+        (name, one) for name, one in named if isinstance(one, LoraLayer) and adapter in one.lora_A
+    ]
     found = {
         name: LowRankDelta(
             one.lora_A[adapter].weight.detach().T,
             one.lora_B[adapter].weight.detach().T,
             float(one.scaling[adapter]),
         )
-        for name, one in named
-        if isinstance(one, LoraLayer) and adapter in one.lora_A
+        for name, one in layers
     }
     if not found:
         raise ValueError(f"{type(model).__name__} holds no LoRA layer named {adapter!r}")

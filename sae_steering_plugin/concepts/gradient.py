@@ -23,7 +23,8 @@ BLOCK = 16_000_000
 class GradientSums:
     """Running sums over examples, mergeable; feed one example's positions at a time with `add`.
 
-    `rows` are what `decode` multiplies codes with, `bias` what it adds. Sums are float64.
+    `rows` are what `decode` multiplies codes with, `bias` what it adds. Sums are float64; rows
+    given in float64 are held as they are, so that several sums can share them.
     """
 
     rows: Float[Tensor, "latent d_model"]
@@ -52,11 +53,12 @@ class GradientSums:
     watched: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.rows, self.bias = self.rows.double(), self.bias.double()
         latents, width = self.rows.shape
         for name in ("push", "push_abs", "attribution", "active", "squares", "crossed"):
             setattr(self, name, torch.zeros(latents, dtype=torch.float64))
         self.second = torch.zeros(width, width, dtype=torch.float64)
-        lengths = self.rows.double().norm(dim=1)
+        lengths = self.rows.norm(dim=1)
         # A zero row names no concept: its push is 0.
         self.unit = torch.where(lengths > 0, 1 / lengths.clamp_min(1e-300), 0.0)
 
@@ -68,20 +70,18 @@ class GradientSums:
     ) -> None:
         """Count the positions of one example: gradient, activation and codes there."""
         g, h, z = (part.detach().double().cpu() for part in (g, h, z))
-        rows, bias = self.rows.double(), self.bias.double()
-        one = torch.zeros(len(rows), dtype=torch.float64)
+        rows, bias = self.rows, self.bias
+        one = -(rows @ g.sum(0)) * self.unit
         named = torch.zeros(len(g), dtype=torch.float64)
         step = max(1, BLOCK // max(len(g), 1))
         for start in range(0, len(rows), step):
             inside = slice(start, start + step)
             along = g @ rows[inside].T
-            push = -along * self.unit[inside]
-            saved = -along * z[:, inside]
-            one[inside] = push.sum(0)
-            self.push_abs[inside] += push.abs().sum(0)
-            self.attribution[inside] += saved.sum(0)
+            lost = along * z[:, inside]
+            self.push_abs[inside] += along.abs_().sum(0) * self.unit[inside]
+            self.attribution[inside] -= lost.sum(0)
             self.active[inside] += (z[:, inside] != 0).sum(0)
-            named -= saved.sum(1)
+            named += lost.sum(1)
         self.push += one
         self.squares += one**2
         self.crossed += one * len(g)
@@ -102,7 +102,8 @@ class GradientSums:
 
     def merge(self, other: GradientSums) -> GradientSums:
         """Both together, this one's examples first; as if one had seen everything."""
-        if not torch.equal(self.rows, other.rows) or self.watch != other.watch:
+        same = self.rows is other.rows or torch.equal(self.rows, other.rows)
+        if not same or self.watch != other.watch:
             raise ValueError("sums over different latents do not merge")
         out = GradientSums(self.rows, self.bias, self.watch, self.keep)
         for name in (

@@ -228,9 +228,9 @@ def learning_report(
     no weight is changed and nothing upstream of the first site is differentiated. `loss` takes
     logits and the tokens to a *sum*; its last real position and the BOS are left out of the count,
     because next-token losses give no gradient there; `counted` may mark other positions (batch to a
-    mask `[batch pos]`), those at which an answer is decided for instance. `groups` names the source of each text:
-    sources are also summed apart. `watch` keeps every text's push on these latents. `seed` draws
-    the random rows that `energy` compares with.
+    mask `[batch pos]`), those at which an answer is decided for instance. `groups` names the source
+    of each text: sources are also summed apart. `watch` keeps every text's push on these latents.
+    `seed` draws the random rows that `energy` compares with.
 
     Raises ValueError for an SAE whose decode is not linear at its site, for an attached SAE (it
     corrupts gradients), for active dropout, and for a loss that is no single number.
@@ -246,7 +246,7 @@ def learning_report(
     sites = [site_names(sae)[0] for sae in wanted]
     if len(set(sites)) != len(sites):
         raise ValueError("two SAEs read one site: report on them one after the other")
-    decoders = [linear_decoder(sae) for sae in wanted]
+    decoders = [tuple(part.double() for part in linear_decoder(sae)) for sae in wanted]
     refuse_compiled(model)
     refuse_dropout(model)
     policies = {bos_policy(model, sae, prepend_bos) for sae in wanted}

@@ -48,7 +48,7 @@ class GradientRecord:
     _seen: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self._decoder = linear_decoder(self.sae)
+        self._decoder = tuple(part.double() for part in linear_decoder(self.sae))
 
     @property
     def hook_name(self) -> str:

@@ -391,16 +391,15 @@ def test_suppression_holds_where_every_path_passes_the_edit_and_escapes_elsewher
         return each[:, 2].mean(), each[:, 3].mean()
 
     found = {}
-    for name in ("plain", "frozen", "trainable"):
+    for name in ("frozen", "trainable"):
         model = toy(2)
         _, sae = along_token(model, STYLE, "blocks.1.hook_resid_post")
         held = {id(model.unembed.W_U), id(model.unembed.b_U)} if name == "frozen" else set()
         weights = [one for one in model.parameters() if id(one) not in held]
-        edit = [] if name == "plain" else [ConceptGradientEdit(sae, {0: 0.0})]
+        edit = ConceptGradientEdit(sae, {0: 0.0})
         learn(model, lambda one, step: sum(losses(one)), weights, edit, steps=100)
         with torch.no_grad():
             found[name] = [float(one) for one in losses(model)]
-    assert found["plain"][1] < 0.1
     assert found["frozen"][1] > 2.0
     assert found["trainable"][1] < 0.1
     assert found["frozen"][0] < 2.0  # the wanted task is learned all the same (uniform: 2.77)
@@ -409,7 +408,7 @@ def test_suppression_holds_where_every_path_passes_the_edit_and_escapes_elsewher
 def test_a_vector_added_in_training_need_not_be_learned():
     """Check e.3 of the neighbouring systems: p(trait) falls with the strength, the task stays."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 14, (150, 24, 8), generator=generator)
+    tokens = torch.randint(0, 14, (90, 16, 8), generator=generator)
     trait = torch.rand(tokens.shape, generator=generator) < 0.5
     wanted = torch.where(trait, STYLE, (tokens + 1) % 14)
     shares, accuracy = [], []
@@ -420,7 +419,7 @@ def test_a_vector_added_in_training_need_not_be_learned():
             _, cache = model.run_with_cache(tokens[0], names_filter=vector.hook_name)
         vector = vector.with_recipe(mean_norm=float(cache[vector.hook_name].norm(dim=-1).mean()))
         hooks = [PreventativeSteering(vector, strength)] if strength else []
-        weights = [p for block in model.blocks[:2] for p in block.mlp.parameters()]
+        weights = list(model.blocks[0].mlp.parameters()) + list(model.blocks[1].mlp.parameters())
 
         def loss(one, step):
             chances = torch.log_softmax(one(tokens[step]), -1)
