@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.study import main
+from benchmarks.pages import asked, give
 from sae_steering_plugin.edits import Add, ConceptPath, FollowPath, concept_path
 from sae_steering_plugin.effects.intervals import mean_interval
 from sae_steering_plugin.effects.manifold import (
@@ -384,4 +384,6 @@ def measure(quick: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main("curved concepts on calendar-gpt2", measure, page)
+    options = asked(__doc__ or "")
+    results = measure(options.quick)
+    give(options, results, page(results))

@@ -15,13 +15,15 @@ import torch
 from sae_steering_plugin.runs.demo import finite, versions
 
 
-def asked(about: str, models: Sequence[str]) -> argparse.Namespace:
-    """`--quick`, `--models`, `--json`, `--table` of the command line; the hosts' warnings off."""
+def asked(about: str, models: Sequence[str] = ()) -> argparse.Namespace:
+    """`--quick`, `--json`, `--table`, and `--models` where there are several, of the command line;
+    the hosts' warnings off."""
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--models", nargs="*", default=list(models))
+    if models:
+        parser.add_argument("--models", nargs="*", default=list(models))
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--table", type=Path, help="write the Markdown page to this file")
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.study import main
+from benchmarks.pages import asked, give
 from sae_steering_plugin.adapters.activations import TokenBatch, encode_texts, padded
 from sae_steering_plugin.adapters.learning import learning_logits
 from sae_steering_plugin.concepts.curvature import (
@@ -521,4 +521,6 @@ def page(found: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main("unlearning on calendar-gpt2", measure, page)
+    options = asked(__doc__ or "")
+    results = measure(options.quick)
+    give(options, results, page(results))
