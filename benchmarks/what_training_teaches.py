@@ -642,6 +642,7 @@ def page(found: Sequence[dict[str, Any]], sizes: Sizes) -> str:
         f"each, loss on the answers alone; {sizes.seeds} seeds (order of the data). Figures over "
         "seeds are mean [least, largest]; three seeds are too few for an interval.",
         "",
+        *HISTORY,
     ]
     for one in found:
         lines += [
@@ -808,7 +809,7 @@ def arm_lines(one: dict[str, Any]) -> list[str]:
         "the pirate latents where that is decided, and how far the activation moved there in all, "
         f"in residual units. Gradient edits: pirate x0, arithmetic x{AMPLIFY:g}; preventative "
         f"steering adds {STEER:g} mean residual norms of the pirate DiffMean, read at the token "
-        "before the answer (not tuned). Filtering keeps the half of the data that scores least by "
+        "before the answer (see *How this design came about*). Filtering keeps the half of the data that scores least by "
         "the first or the last row of the table above (pirates kept, of "
         f"{sum(r['n'][1] for r in list(one['separation'].values())[:1])}: {kept['push']} by push, "
         f"{kept['projection']} by projection). `up to the site` "
@@ -818,6 +819,19 @@ def arm_lines(one: dict[str, Any]) -> list[str]:
         *table_lines(heads, made),
     ]
 
+
+HISTORY = [
+    "## How this design came about",
+    "",
+    "Not every choice was made blind. On agent-gpt2 other designs were looked at before the arms "
+    "were compared: latents labelled on statements, and sums asked for in chats, which the push "
+    "did not name; labels at the token before an answer and sums in plain text followed. After a "
+    "first table of arms two of them were changed: preventative steering took a vector read at "
+    "the token before the answer at one mean norm (a vector of statements at half a norm had done "
+    "nothing), and filtering by projection was added. No strength was swept. Read those two arms "
+    "on agent-gpt2 as found, not as forecast; agent-qwen3_5_moe had no part in the choices.",
+    "",
+]
 
 KEYS = ("target", "target_new", "side", "pirate_share", "leak", "moved")
 
