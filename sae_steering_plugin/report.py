@@ -283,8 +283,8 @@ def side_effects(demo: Demo) -> list[str]:
         table(rows, words=("axis", "label")),
         paragraph(
             "Forecast from weights and gradients of clean passes, fitted on the side effects of "
-            "other features, against what was measured on contexts that nothing was fitted on. Each "
-            f"group holds {size} features: forecast clean, random, forecast messy. A column "
+            "other features, against what was measured on contexts that nothing was fitted on. "
+            f"Each group holds {size} features: forecast clean, random, forecast messy. A column "
             "forecast_clean above is that forecast for the features chosen. It is about how far "
             "activations spread, not about harm.",
             "note",
