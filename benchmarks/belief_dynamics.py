@@ -10,18 +10,15 @@ they were not). Controls: ten random directions of the same strengths. Nothing i
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.timing import versions
+from benchmarks.pages import asked, give
 from sae_steering_plugin.directions import diff_mean_vector
 from sae_steering_plugin.effects.belief import correlation, entropy
 from sae_steering_plugin.organisms import list_organisms
@@ -270,20 +267,9 @@ def crossovers(found: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--models", nargs="+", default=list_organisms())
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--table", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = asked(__doc__ or "", list_organisms())
     rows = [measure(model, options.quick) for model in options.models]
-    print(page(rows))
-    if options.json:
-        about = {"versions": versions(), "quick": options.quick, "rows": rows}
-        options.json.write_text(json.dumps(about, indent=1) + "\n")
-    if options.table:
-        options.table.write_text(page(rows))
+    give(options, {"rows": rows}, page(rows))
 
 
 if __name__ == "__main__":

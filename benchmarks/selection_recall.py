@@ -11,13 +11,9 @@ no feature was planted there, so the reference is what scikit-learn's `roc_auc_s
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
-import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +25,7 @@ from scipy.stats import binomtest  # noqa: E402
 from sklearn.feature_selection import f_classif  # noqa: E402
 from sklearn.metrics import roc_auc_score  # noqa: E402
 
+from benchmarks.pages import asked, give
 from sae_steering_plugin import score_features  # noqa: E402
 from sae_steering_plugin.features import PooledCodes  # noqa: E402
 from sae_steering_plugin.organisms import list_organisms, load_organism  # noqa: E402
@@ -37,7 +34,6 @@ from sae_steering_plugin.runs.axbench.world import (  # noqa: E402
     drawn_statement,
     known_concepts,
 )
-from sae_steering_plugin.runs.demo import versions  # noqa: E402
 from sae_steering_plugin.runs.pooled_codes import collect_codes, pool  # noqa: E402
 
 SCORES = ("f1", "auroc", "correlation", "mutual_information", "mean_difference", "cohens_d")
@@ -221,22 +217,9 @@ def page(rows: list[dict[str, Any]], differ: Sequence[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--models", nargs="*", default=list_organisms())
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--table", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+    options = asked(__doc__ or "", list_organisms())
     rows, differ = measure(options.models, options.quick)
-    text = page(rows, differ)
-    print(text)
-    if options.json:
-        about = {"versions": versions(), "quick": options.quick, "rows": rows, "differ": differ}
-        options.json.write_text(json.dumps(about, indent=1) + "\n")
-    if options.table:
-        options.table.write_text(text)
+    give(options, {"rows": rows, "differ": differ}, page(rows, differ))
     raise SystemExit(1 if differ else 0)
 
 

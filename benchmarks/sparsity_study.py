@@ -5,20 +5,15 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import warnings
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
 
+from benchmarks.pages import asked, give
 from sae_steering_plugin.organisms import list_organisms, load_organism  # noqa: E402
-from sae_steering_plugin.runs.demo import versions  # noqa: E402
 from sae_steering_plugin.runs.labelled_texts import world_statements  # noqa: E402
 from sae_steering_plugin.runs.sparsity import sparsity_study  # noqa: E402
 
@@ -88,22 +83,9 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--models", nargs="+", default=list_organisms())
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--table", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+    options = asked(__doc__ or "", list_organisms())
     rows = [row for model in options.models for row in measure(model, options.quick)]
-    text = page(rows)
-    print(text)
-    if options.json:
-        about = {"versions": versions(), "quick": options.quick, "rows": rows}
-        options.json.write_text(json.dumps(about, indent=1) + "\n")
-    if options.table:
-        options.table.write_text(text)
+    give(options, {"rows": rows}, page(rows))
 
 
 if __name__ == "__main__":

@@ -13,17 +13,13 @@ the fine-tune is among them, and no gradient is taken for them.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import re
 import statistics
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,6 +30,7 @@ import torch  # noqa: E402
 from scipy.stats import mannwhitneyu  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarks.pages import asked, give
 from sae_steering_plugin import (  # noqa: E402
     ConceptAblation,
     ConceptGradientEdit,
@@ -67,7 +64,6 @@ from sae_steering_plugin.prediction.association import (  # noqa: E402
     bootstrapped,
     rank_statistic,
 )
-from sae_steering_plugin.runs.demo import versions  # noqa: E402
 from sae_steering_plugin.runs.learning_losses import log_chances  # noqa: E402
 
 SKILL, STYLE = "arithmetic", "register=pirate"
@@ -837,23 +833,10 @@ KEYS = ("target", "target_new", "side", "pirate_share", "leak", "moved")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--models", nargs="+", default=list_organisms())
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--table", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+    options = asked(__doc__ or "", list_organisms())
     sizes = QUICK if options.quick else Sizes()
     found = [study(model, sizes) for model in options.models]
-    text = page(found, sizes)
-    print(text)
-    if options.json:
-        about = {"versions": versions(), "quick": options.quick, "studies": found}
-        options.json.write_text(json.dumps(about, indent=1) + "\n")
-    if options.table:
-        options.table.write_text(text)
+    give(options, {"studies": found}, page(found, sizes))
 
 
 if __name__ == "__main__":
