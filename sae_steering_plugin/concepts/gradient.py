@@ -1,8 +1,9 @@
 """What a gradient at a dictionary's hook point says in concepts.
 
-g is the gradient of the loss by the activation. A step of gradient descent moves the activation
-along -g, so `push` = -(g . d) / |d| > 0 means that the step wants more of concept d there, and
-`attribution` = -(g . d) z is, to first order, the loss saved by scaling an active concept up.
+g is the gradient of the loss by the activation. A step of gradient descent moves the
+activation along -g, so `push` = -(g . d) / |d| > 0 means that the step wants more of concept d
+there, `amount` is the push at the positions where d is active, and `attribution` = -(g . d) z is,
+to first order, the loss saved by scaling an active concept up.
 Source: shared/methods/gradient_projection section 3 (algebra of this project; CAFT, arXiv
 2507.16795, ranks by the attribution with the other sign).
 """
@@ -17,6 +18,9 @@ from torch import Tensor
 
 BLOCK = 16_000_000
 """Numbers of one position x latent block held at once."""
+
+COLUMNS = ("push", "push_abs", "amount", "attribution", "active", "squares", "crossed")
+"""Sums with one number per latent."""
 
 
 @dataclass(eq=False)
@@ -35,6 +39,7 @@ class GradientSums:
     examples: int = 0
     push: Tensor = field(init=False)
     push_abs: Tensor = field(init=False)
+    amount: Tensor = field(init=False)
     attribution: Tensor = field(init=False)
     active: Tensor = field(init=False)
     squares: Tensor = field(init=False)
@@ -55,7 +60,7 @@ class GradientSums:
     def __post_init__(self) -> None:
         self.rows, self.bias = self.rows.double(), self.bias.double()
         latents, width = self.rows.shape
-        for name in ("push", "push_abs", "attribution", "active", "squares", "crossed"):
+        for name in COLUMNS:
             setattr(self, name, torch.zeros(latents, dtype=torch.float64))
         self.second = torch.zeros(width, width, dtype=torch.float64)
         lengths = self.rows.norm(dim=1)
@@ -77,11 +82,15 @@ class GradientSums:
         for start in range(0, len(rows), step):
             inside = slice(start, start + step)
             along = g @ rows[inside].T
-            lost = along * z[:, inside]
+            where, which = z[:, inside].nonzero(as_tuple=True)
+            slope = along[where, which]
+            saved = slope * z[where, which + start]
+            which += start
+            self.amount.index_add_(0, which, -slope * self.unit[which])
+            self.attribution.index_add_(0, which, -saved)
+            self.active += which.bincount(minlength=len(rows))
+            named.index_add_(0, where, saved)
             self.push_abs[inside] += along.abs_().sum(0) * self.unit[inside]
-            self.attribution[inside] -= lost.sum(0)
-            self.active[inside] += (z[:, inside] != 0).sum(0)
-            named += lost.sum(1)
         self.push += one
         self.squares += one**2
         self.crossed += one * len(g)
@@ -107,9 +116,9 @@ class GradientSums:
             raise ValueError("sums over different latents do not merge")
         out = GradientSums(self.rows, self.bias, self.watch, self.keep)
         for name in (
-            "push", "push_abs", "attribution", "active", "squares", "crossed", "sizes", "second",
-            "positions", "examples", "total", "named", "biased", "unnamed", "named_abs",
-            "biased_abs", "unnamed_abs", "top_latents", "top_values", "watched",
+            *COLUMNS, "sizes", "second", "positions", "examples", "total", "named", "biased",
+            "unnamed", "named_abs", "biased_abs", "unnamed_abs",
+            "top_latents", "top_values", "watched",
         ):  # fmt: skip
             setattr(out, name, getattr(self, name) + getattr(other, name))
         return out

@@ -51,8 +51,9 @@ class LearningReport:
     """How texts push a model along each concept of one SAE; see `learning_report`.
 
     `table()` has a row per latent: `push_mean` (positive: the step wants more of it), its standard
-    error over examples, `push_abs`, `agreement` (|sum| / sum of sizes), `attribution_mean` (loss
-    saved by scaling it up where it is active; CAFT sorts by the opposite sign), `active_share`.
+    error over examples, `push_abs`, `agreement` (|sum| / sum of sizes), `amount_mean` (push
+    where it is active), `attribution_mean` (loss saved by scaling it up there; CAFT sorts by the
+    opposite sign), `active_share`. Means are over all counted positions.
     `per_example[i]` is the summed push of text i on each of `watch`; `top_of_examples` the latents
     that text i pushes most. `groups` are the sources of the texts.
     """
@@ -101,6 +102,7 @@ class LearningReport:
                 "push_se": sums.standard_errors(),
                 "push_abs": sums.push_abs / n,
                 "agreement": sums.push.abs() / sums.push_abs.clamp_min(1e-300),
+                "amount_mean": sums.amount / n,
                 "attribution_mean": sums.attribution / n,
                 "active_share": sums.active / n,
             }

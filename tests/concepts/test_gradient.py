@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sae_steering_plugin.concepts import GradientSums
+from sae_steering_plugin.concepts.gradient import COLUMNS
 
 F, D = 7, 5
 
@@ -35,6 +36,7 @@ def test_scores_are_their_formulas():
     assert torch.allclose(sums.push, push.sum(0))
     assert float(sums.push[2]) == 0.0  # a zero row names no concept
     assert torch.allclose(sums.push_abs, push.abs().sum(0))
+    assert torch.allclose(sums.amount, (push * (z > 0)).sum(0))
     assert torch.allclose(sums.attribution, (-(g @ rows.T) * z).sum(0))
     assert torch.equal(sums.active, (z > 0).sum(0).double())
     each = torch.stack([-(one[0] @ unit.T).sum(0) for one in examples])
@@ -62,7 +64,7 @@ def test_two_halves_merge_to_the_whole():
             half.add(*one)
         halves.append(half)
     merged = halves[0].merge(halves[1])
-    for name in ("push", "push_abs", "attribution", "active", "squares", "crossed", "second"):
+    for name in (*COLUMNS, "second"):
         assert torch.allclose(getattr(merged, name), getattr(whole, name), atol=1e-12), name
     assert (merged.examples, merged.positions) == (whole.examples, whole.positions)
     assert torch.equal(torch.stack(merged.watched), torch.stack(whole.watched))
