@@ -4,6 +4,8 @@ once or raise.
 One test per row of the table, with the host's own behaviour shown where it is the trap.
 """
 
+import warnings
+
 import pytest
 import torch
 from sae_lens.saes.sae import SAEMetadata
@@ -423,10 +425,10 @@ def test_reset_hooks_inside_the_block_does_not_take_the_edit_away(make):
 @both
 def test_a_site_that_a_pass_skips_is_noticed(make):
     model = make()
-    head = resolve(model, "blocks.0.hook_resid_mid").point
+    head = resolve(model, "blocks.0.hook_mlp_out").point
     with (
         pytest.raises(SteeringError, match="did not fire in a whole forward pass"),
-        steer(model, Edit(Add(PUSH), "blocks.0.hook_resid_mid")),
+        steer(model, Edit(Add(PUSH), "blocks.0.hook_mlp_out")),
         torch.no_grad(),
     ):
         around = head.forward
@@ -436,3 +438,21 @@ def test_a_site_that_a_pass_skips_is_noticed(make):
         finally:
             head.__class__.__call__ = kept
             head.forward = around
+
+
+def test_an_edit_between_attention_and_mlp_says_where_a_bridge_loses_it():
+    """A bridge's hook_resid_mid is the input of the MLP's norm; a HookedTransformer's is the
+    stream."""
+    changed = {}
+    for name, make in (("bridge", tiny_bridge), ("hooked", tiny_hooked)):
+        model = make()
+        for site in ("hook_resid_mid", "hook_attn_out"):
+            with warnings.catch_warnings(record=True) as told, torch.no_grad():
+                warnings.simplefilter("always")
+                with steer(model, Edit(Add(PUSH), f"blocks.0.{site}")):
+                    changed[name, site] = model(TOKENS)
+            said = sum("input of the MLP's norm" in str(one.message) for one in told)
+            assert said == (name == "bridge" and site == "hook_resid_mid")
+    hooked = changed["hooked", "hook_resid_mid"] - changed["hooked", "hook_attn_out"]
+    bridge = changed["bridge", "hook_resid_mid"] - changed["bridge", "hook_attn_out"]
+    assert hooked.abs().max() < 1e-5 < 1e-1 < bridge.abs().max()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +38,7 @@ from sae_steering_plugin.edits.codes import (
     prepare_together,
 )
 from sae_steering_plugin.edits.gate import Gated
+from sae_steering_plugin.edits.project import ProjectOut
 from sae_steering_plugin.types import Change, Edit, PreparedChange, escaped
 
 PER_PAIR = ("hook_pattern", "hook_attn_scores")
@@ -561,6 +562,8 @@ def _programs(
     for given in edits:
         edit = ungated(given)
         site = _one_vector_per_token(model, edit.site)
+        if not _projected_after(edit, edits):
+            _tell_of_a_branch(edit.site, site)
         gate = _gate(model, given, site, observer, prompts, readers)
         read = _read_site(model, edit, site)
         if read is not None:
@@ -591,6 +594,28 @@ def _one_vector_per_token(model: Model, name: str) -> Site:
         )
     refuse_compiled(model, site.name)
     return site
+
+
+def _projected_after(edit: Edit, edits: Iterable[Edit]) -> bool:
+    """Whether a projection out of the stream is repeated at the end of its block: then what the
+    middle of the block misses on a bridge is taken out there (`residual_sites` names both)."""
+    end = edit.site.replace("hook_resid_mid", "hook_resid_post")
+    return isinstance(edit.change, ProjectOut) and any(
+        isinstance(other.change, ProjectOut) and other.site == end for other in edits
+    )
+
+
+def _tell_of_a_branch(name: str, site: Site) -> None:
+    """Warns where a bridge's `hook_resid_mid` is an alias of the MLP norm's input: the value is the
+    residual stream's, but what is written there reaches the MLP alone."""
+    if name.endswith("hook_resid_mid") and not site.name.endswith("hook_resid_mid"):
+        warnings.warn(
+            f"on this model {name} is {site.name}, the input of the MLP's norm: the edit changes "
+            "what the MLP reads, and the residual stream flows on without it. For the stream, edit "
+            f"{name.replace('hook_resid_mid', 'hook_attn_out')} (the same addition), or load the "
+            f"model as a HookedTransformer; to edit the branch on purpose, name {site.name}",
+            stacklevel=2,
+        )
 
 
 def _gate(
