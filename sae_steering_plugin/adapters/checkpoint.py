@@ -22,7 +22,12 @@ from sae_steering_plugin.adapters.parameters import (
     slots_of,
     writer_of,
 )
-from sae_steering_plugin.adapters.transformer_lens import Model, is_bridge, resolve
+from sae_steering_plugin.adapters.transformer_lens import (
+    Model,
+    is_bridge,
+    plain_tokenizer,
+    resolve,
+)
 from sae_steering_plugin.adapters.weights import NotConvertible, WeightEdit
 
 BIAS_FLAGS = ("mlp_bias", "attention_bias")
@@ -91,6 +96,24 @@ def held(inner: Any, name: str, like: Tensor) -> Tensor:
     if attribute != "bias" or weight is None:
         raise NotConvertible(f"the wrapped model holds no {name} of shape {tuple(like.shape)}")
     return torch.zeros(like.shape, dtype=weight.dtype, device=weight.device)
+
+
+def own_tokenizer(tokenizer: Any) -> Any | None:
+    """The tokenizer as its source has it; None when that is gone or has other tokens.
+
+    A host loads a tokenizer again so that it prepends a BOS, also where the source's does not.
+    """
+    from transformers import AutoTokenizer
+
+    source = tokenizer.name_or_path
+    try:
+        own = plain_tokenizer(source) or AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        return None
+    if own.get_vocab() != tokenizer.get_vocab():
+        return None
+    own.chat_template = tokenizer.chat_template
+    return own
 
 
 def module_names(model: Model, *, base: bool = False) -> dict[int, str]:
@@ -173,4 +196,4 @@ def output_module(model: Model, hook_name: str) -> str:
     return name
 
 
-__all__ = ["output_module", "plain_model", "saved_sites"]
+__all__ = ["output_module", "own_tokenizer", "plain_model", "saved_sites"]

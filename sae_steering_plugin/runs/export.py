@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_steering_plugin.adapters.checkpoint import output_module, plain_model
+from sae_steering_plugin.adapters.checkpoint import output_module, own_tokenizer, plain_model
 from sae_steering_plugin.adapters.parameters import place_of
 from sae_steering_plugin.adapters.sharing import steered_logits
 from sae_steering_plugin.adapters.weights import (
@@ -35,13 +35,17 @@ from sae_steering_plugin.types import Edit, SteeringVector
 
 PROVENANCE = "steering.json"
 """The file beside an exported checkpoint that says what was added."""
+OWN_TOKENIZER = "as in the checkpoint of the model"
+HOST_TOKENIZER = "as the host has it, which prepends a BOS: the model's checkpoint was not found"
 ARCHITECTURE = "controlvector"
 
 
 def export_checkpoint(model: Any, edits: Steering | WeightEdit, folder: str | Path) -> Path:
     """A folder that plain `transformers` loads and that is steered without hooks, or this package.
 
-    Holds the weights, the tokenizer, and `steering.json` with what was added. Written, loaded again
+    Holds the weights, the tokenizer of the model's own checkpoint (a host's prepends a BOS where
+    that one may not; `steering.json` says when it was not found and the host's was saved), and
+    `steering.json` with what was added. Written, loaded again
     with `AutoModelForCausalLM` and compared with the edited model on a short text before this
     returns. Raises NotConvertible, leaving no folder behind, for edits that are none of weights,
     for architectures that have no such parameter, and when the comparison fails; FileExistsError
@@ -52,10 +56,13 @@ def export_checkpoint(model: Any, edits: Steering | WeightEdit, folder: str | Pa
         raise FileExistsError(f"{folder} is not empty: name a new folder")
     weights = edits if isinstance(edits, WeightEdit) else to_bias_edit(model, edits)
     plain_model(weights).save_pretrained(folder)
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
     listed = [] if isinstance(edits, WeightEdit) else everywhere(model, edits)
-    (folder / PROVENANCE).write_text(json.dumps(provenance(weights, listed), indent=1))
+    told = provenance(weights, listed)
+    if model.tokenizer is not None:
+        own = own_tokenizer(model.tokenizer)
+        told["tokenizer"] = HOST_TOKENIZER if own is None else OWN_TOKENIZER
+        (model.tokenizer if own is None else own).save_pretrained(folder)
+    (folder / PROVENANCE).write_text(json.dumps(told, indent=1))
     try:
         require_equal(model, weights, folder)
     except NotConvertible:
@@ -106,7 +113,8 @@ def export_lm_eval(model: Any, edits: Steering, path: str | Path) -> Path:
 
     A dictionary from a module of the Hugging Face model to the vector added to its output; edits of
     one module are summed, because the harness keeps one vector per module. The format is torch's
-    archive, written with tensors and numbers alone, as the harness loads it (`weights_only=True`).
+    archive with tensors and numbers alone (the harness itself unpickles whatever it is given, so give
+    it files of your own only); in a checkpoint of lower precision it rounds the vector to that.
     The harness steers every token, padding and BOS among them. Raises NotConvertible for edits that
     are no constants everywhere and for hook points that are no module's output; ValueError for
     another suffix than `.pt`. Format: EleutherAI/lm-evaluation-harness, lm_eval/models/hf_steered.

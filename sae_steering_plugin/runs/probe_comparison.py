@@ -30,6 +30,7 @@ from ..directions.recipe import require_two_sides
 from ..effects.intervals import Draws, Interval, bootstrap, mean_interval, superiority_interval
 from ..types import Labelled
 from .axbench.detection import bag_of_words_scores
+from .pooled_codes import blocks
 
 PENALTIES = tuple(10.0**power for power in range(-4, 3))
 """Inverse penalties C tried; the validation rows choose (neighbouring systems page, g.2)."""
@@ -247,31 +248,46 @@ def dictionary_inputs(sae: Any, raw: Inputs) -> tuple[Inputs, Inputs, Inputs]:
     return codes, kept, error
 
 
+@dataclass(frozen=True, eq=False)
+class RandomDirections:
+    """Unit directions as columns, and codes of rows: the projection above a threshold of each."""
+
+    directions: Float[np.ndarray, "column feature"]
+    middle: Float[np.ndarray, " column"]
+    threshold: Float[np.ndarray, " feature"]
+
+    def codes(self, rows: Rows) -> Float[np.ndarray, "example feature"]:
+        return np.maximum((rows - self.middle) @ self.directions - self.threshold, 0.0)
+
+
+def random_directions(rows: Rows, fires: np.ndarray, seed: int) -> RandomDirections:
+    """As many directions as `fires` has entries, drawn uniformly; direction j fires on `fires[j]`
+    of the rows."""
+    rng = np.random.default_rng([seed, 1])
+    middle = rows.mean(0)
+    drawn = rng.standard_normal((rows.shape[1], len(fires)))
+    drawn /= np.linalg.norm(drawn, axis=0)
+    below = len(rows) - 1 - fires  # the largest value that does not pass
+    threshold = np.empty(len(fires))
+    for some in blocks(len(fires), len(rows)):
+        rising = np.sort((rows - middle) @ drawn[:, some], axis=0)
+        passed = np.take_along_axis(rising, np.maximum(below[some], 0)[None], axis=0)[0]
+        threshold[some] = np.where(below[some] < 0, rising[0] - 1.0, passed)
+    return RandomDirections(drawn, middle, threshold)
+
+
 def random_codes(raw: Inputs, codes: Inputs, train: np.ndarray, seed: int) -> Inputs:
     """Codes of random directions that fire as often as the dictionary's features do.
 
-    As many directions as features, drawn uniformly; each code is the projection above a threshold
-    that as many training rows pass as fire the feature in whose place it stands. So width and
-    sparsity are the dictionary's, and what was learned is not.
+    Each code is the projection above a threshold that as many training rows pass as fire the
+    feature in whose place it stands. So width and sparsity are the dictionary's, and what was
+    learned is not.
     """
-    rng = np.random.default_rng([seed, 1])
-    middle = raw.rows[train].mean(0)
-    drawn = rng.standard_normal((raw.rows.shape[1], codes.rows.shape[1]))
-    drawn /= np.linalg.norm(drawn, axis=0)
-
-    def projected(rows: Rows) -> np.ndarray:
-        return (rows - middle) @ drawn
-
-    rising = np.sort(projected(raw.rows[train]), axis=0)
     fires = (codes.rows[train] != 0).sum(axis=0)
-    below = len(train) - 1 - fires  # the largest value that does not pass
-    threshold = np.take_along_axis(rising, np.maximum(below, 0)[None], axis=0)[0]
-    threshold = np.where(below < 0, rising[0] - 1.0, threshold)
-
-    def coded(rows: Rows) -> np.ndarray:
-        return np.maximum(projected(rows) - threshold, 0.0)
-
-    return Inputs(coded(raw.rows), None if raw.shifted is None else coded(raw.shifted))
+    drawn = random_directions(raw.rows[train], fires, seed)
+    return Inputs(
+        drawn.codes(raw.rows), None if raw.shifted is None else drawn.codes(raw.shifted)
+    )
 
 
 # Probes -------------------------------------------------------------------------------------------

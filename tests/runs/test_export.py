@@ -2,8 +2,9 @@
 
 import json
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache, partial
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ from tests.hosts import (
     tiny_neox,
     tiny_qwen3,
     tiny_sae,
+    tiny_tokenizer,
     tokens_of_length,
 )
 
@@ -88,6 +90,28 @@ def test_a_saved_checkpoint_gives_the_hooks_greedy_text_in_plain_transformers(na
         logits = plain(TOKENS).logits
     torch.testing.assert_close(logits, steered_logits(model, TOKENS, edit), atol=1e-5, rtol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path).vocab == model.tokenizer.vocab
+
+
+def test_the_saved_tokenizer_is_the_checkpoint_s_own(tmp_path):
+    model = model_of("gpt2")  # its host has a tokenizer that prepends a BOS; this one does not
+    own, texts = tiny_tokenizer(), ["the cat", "sat"]
+    assert model.tokenizer(texts)["input_ids"] != own(texts)["input_ids"]
+    export_checkpoint(model, at("blocks.0.hook_resid_post"), tmp_path / "own")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "own")
+    assert saved(texts)["input_ids"] == own(texts)["input_ids"]
+    told = json.loads((tmp_path / "own" / "steering.json").read_text())["tokenizer"]
+    assert told == "as in the checkpoint of the model"
+
+
+def test_a_tokenizer_whose_source_is_gone_is_saved_as_the_host_has_it_and_said(tmp_path):
+    model = tiny_bridge()
+    model.tokenizer = deepcopy(model.tokenizer)
+    model.tokenizer.name_or_path = str(tmp_path / "gone")
+    export_checkpoint(model, at("blocks.0.hook_resid_post"), tmp_path / "host")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "host")
+    assert saved("sat")["input_ids"] == model.tokenizer("sat")["input_ids"]
+    told = json.loads((tmp_path / "host" / "steering.json").read_text())["tokenizer"]
+    assert told.startswith("as the host has it")
 
 
 def test_only_what_is_needed_is_switched_on_and_untied(tmp_path):
@@ -174,11 +198,17 @@ def test_the_harness_file_steers_a_plain_model_as_the_hook_does(name, site, modu
 
 
 @cache
+def checkpoint_of(name):
+    """A folder with the unsteered model and its tokenizer, as transformers reads them."""
+    folder = mkdtemp(prefix=f"plain_{name}_")
+    plain_model(WeightEdit(model_of(name), ())).save_pretrained(folder)
+    model_of(name).tokenizer.save_pretrained(folder)
+    return folder
+
+
+@cache
 def plain_of(name):
-    """The unsteered model as transformers loads it."""
-    with TemporaryDirectory() as folder:
-        plain_model(WeightEdit(model_of(name), ())).save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder).eval()
+    return AutoModelForCausalLM.from_pretrained(checkpoint_of(name)).eval()
 
 
 @contextmanager
@@ -199,6 +229,39 @@ def harness_steering(plain, path):
 
 def added(step, module, arguments, output):
     return (output[0] + step, *output[1:]) if isinstance(output, tuple) else output + step
+
+
+TWO_PLACES = [
+    ("gpt2", ("blocks.0.hook_resid_post", "blocks.1.hook_attn_out")),
+    ("llama", ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_post")),
+    ("llama", ("blocks.0.hook_resid_post", "blocks.1.hook_resid_pre")),  # one module, summed
+]
+
+
+@pytest.mark.parametrize(
+    "name, sites", [*((name, (site,)) for name, site, _ in LM_EVAL), *TWO_PLACES]
+)
+def test_the_harness_itself_steers_as_the_hook_does(name, sites, tmp_path):
+    steered = pytest.importorskip(
+        "lm_eval.models.hf_steered", reason="lm-eval is not installed: pip install lm-eval"
+    )
+    from lm_eval.api.instance import Instance
+
+    model, edits = model_of(name), [at(site, PUSH.roll(i)) for i, site in enumerate(sites)]
+    path = export_lm_eval(model, edits, tmp_path / "steer.pt")
+    harness = steered.SteeredModel(checkpoint_of(name), str(path), device="cpu")
+    wanted = steered_logits(model, TOKENS, edits)
+    torch.testing.assert_close(harness._model_call(TOKENS), wanted, atol=1e-5, rtol=1e-5)
+    text = harness._model_generate(TOKENS, max_length=25, stop=["<eos>"])
+    assert torch.equal(text, generate(model, TOKENS, edits, max_new_tokens=16).tokens)
+
+    start, end = "the cat", " sat on the mat"
+    asked = Instance("loglikelihood", {}, (start, end), 0, metadata=("task", 0, 1))
+    ((found, _),) = harness.loglikelihood([asked], disable_tqdm=True)
+    ids, first = torch.tensor([harness.tok_encode(start + end)]), len(harness.tok_encode(start))
+    spoken = steered_logits(model, ids, edits)[0, :-1].log_softmax(-1)
+    each = spoken.gather(1, ids[0, 1:, None])[first - 1 :]
+    assert found == pytest.approx(float(each.sum()), abs=1e-4)
 
 
 def test_edits_of_one_module_are_summed_for_the_harness(tmp_path):
