@@ -328,6 +328,7 @@ def page(found: Sequence[dict[str, Any]]) -> str:
         "Intervals are 95 % bootstraps over features; CV is 5-fold, Spearman of pooled out-of-fold "
         "forecasts, ridge.",
         "",
+        *in_short(found),
         "## What is studied, and how well labels repeat",
         "",
         "Reproducibility is the rank correlation of a label with itself on two disjoint halves of "
@@ -430,7 +431,7 @@ def page(found: Sequence[dict[str, Any]]) -> str:
                 f"{row['clean_mean']:.3f} | {row['random_mean']:.3f} | {row['messy_mean']:.3f} | "
                 f"{words} |"
             )
-    lines += ["", *gradient_section(found), *reading(found), ""]
+    lines += ["", *gradient_section(found)]
     return "\n".join(lines)
 
 
@@ -491,20 +492,28 @@ def gradient_section(found: Sequence[dict[str, Any]]) -> list[str]:
                 f"| {one['name']} | {mine['axis']} | {rho[0]} | {rho[1]} | {found_gaps[0]} | "
                 f"{found_gaps[1]} |"
             )
-    lines += ["", "With an interval of the difference above (below) zero, over dictionaries:", ""]
-    for arm in dict.fromkeys(row["arm"] for one in told for row in one["gradients"]["rows"]):
-        rows = [row for one in told for row in one["gradients"]["rows"] if row["arm"] == arm]
-        words = []
-        for name in OURS[1:3]:
-            up = sum(row["gaps"][name][1] > 0 for row in rows)
-            down = sum(row["gaps"][name][2] < 0 for row in rows)
-            words.append(f"{name} in {up} ({down}) of {len(rows)}")
-        lines.append(f"- {arm}: {', '.join(words)} dictionary and label pairs.")
     return [*lines, ""]
 
 
-def reading(found: Sequence[dict[str, Any]]) -> list[str]:
-    """What the tables say, counted."""
+def gradients_in_short(found: Sequence[dict[str, Any]]) -> list[str]:
+    rows = [row for one in found for row in one.get("gradients", {}).get("rows", [])]
+    lines = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        mine = [row for row in rows if row["arm"] == arm]
+        words = []
+        for name in OURS[1:3]:
+            up = sum(row["gaps"][name][1] > 0 for row in mine)
+            down = sum(row["gaps"][name][2] < 0 for row in mine)
+            words.append(f"{name} better in {up}, worse in {down} of {len(mine)}")
+        lines.append(
+            f"- Predictors from gradients beside the full set, {arm}: {', '.join(words)} "
+            "(dictionary and label pairs whose interval excludes zero)."
+        )
+    return lines
+
+
+def in_short(found: Sequence[dict[str, Any]]) -> list[str]:
+    """What the tables below say, counted."""
 
     def counted(residual: bool, name: str) -> tuple[int, int]:
         rows = [
@@ -558,7 +567,7 @@ def reading(found: Sequence[dict[str, Any]]) -> list[str]:
         for r in gaps
     )
     return [
-        "## Reading",
+        "In short, counted over the tables below:",
         "",
         f"- The full set without magnitudes forecasts better, with an interval above zero, in "
         f"{words(False)} (dictionary and label pairs) before residualisation, and in {words(True)} "
@@ -576,6 +585,8 @@ def reading(found: Sequence[dict[str, Any]]) -> list[str]:
         "- A forecast is about one last token, one strength and one corpus, and about how far "
         "activations spread. It is no forecast of harm, and does not carry over to another "
         "dictionary.",
+        *gradients_in_short(found),
+        "",
     ]
 
 
