@@ -22,12 +22,7 @@ from sae_steering_plugin.adapters.parameters import (
     slots_of,
     writer_of,
 )
-from sae_steering_plugin.adapters.transformer_lens import (
-    Model,
-    is_bridge,
-    plain_tokenizer,
-    resolve,
-)
+from sae_steering_plugin.adapters.transformer_lens import Model, is_bridge, resolve
 from sae_steering_plugin.adapters.weights import NotConvertible, WeightEdit
 
 BIAS_FLAGS = ("mlp_bias", "attention_bias")
@@ -103,11 +98,8 @@ def own_tokenizer(tokenizer: Any) -> Any | None:
 
     A host loads a tokenizer again so that it prepends a BOS, also where the source's does not.
     """
-    from transformers import AutoTokenizer
-
-    source = tokenizer.name_or_path
     try:
-        own = plain_tokenizer(source) or AutoTokenizer.from_pretrained(source)
+        own = type(tokenizer).from_pretrained(tokenizer.name_or_path)
     except (OSError, ValueError):
         return None
     if own.get_vocab() != tokenizer.get_vocab():

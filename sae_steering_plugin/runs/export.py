@@ -113,11 +113,11 @@ def export_lm_eval(model: Any, edits: Steering, path: str | Path) -> Path:
 
     A dictionary from a module of the Hugging Face model to the vector added to its output; edits of
     one module are summed, because the harness keeps one vector per module. The format is torch's
-    archive with tensors and numbers alone (the harness itself unpickles whatever it is given, so give
-    it files of your own only); in a checkpoint of lower precision it rounds the vector to that.
-    The harness steers every token, padding and BOS among them. Raises NotConvertible for edits that
-    are no constants everywhere and for hook points that are no module's output; ValueError for
-    another suffix than `.pt`. Format: EleutherAI/lm-evaluation-harness, lm_eval/models/hf_steered.
+    archive with tensors and numbers alone (the harness itself unpickles whatever file it is given).
+    The harness steers every token, padding and BOS among them, and rounds the vector to the
+    checkpoint's dtype. Raises NotConvertible for edits that are no constants everywhere and for
+    hook points that are no module's output; ValueError for another suffix than `.pt`.
+    Format: EleutherAI/lm-evaluation-harness 0.4.13, lm_eval/models/hf_steered.
     """
     path = Path(path)
     if path.suffix != ".pt":
