@@ -285,9 +285,7 @@ def random_codes(raw: Inputs, codes: Inputs, train: np.ndarray, seed: int) -> In
     """
     fires = (codes.rows[train] != 0).sum(axis=0)
     drawn = random_directions(raw.rows[train], fires, seed)
-    return Inputs(
-        drawn.codes(raw.rows), None if raw.shifted is None else drawn.codes(raw.shifted)
-    )
+    return Inputs(drawn.codes(raw.rows), None if raw.shifted is None else drawn.codes(raw.shifted))
 
 
 # Probes -------------------------------------------------------------------------------------------
