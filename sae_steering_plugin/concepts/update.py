@@ -27,6 +27,11 @@ class LowRankDelta:
         return self.down.shape[0], self.up.shape[1]
 
     @property
+    def mT(self) -> LowRankDelta:
+        """The transposed change, still in factors."""
+        return LowRankDelta(self.up.mT, self.down.mT, self.scale)
+
+    @property
     def square(self) -> float:
         """|change|^2 = tr(down' down up up') scale^2, without the product."""
         gram = self.down.double().T @ self.down.double()

@@ -23,6 +23,7 @@ from sae_steering_plugin.adapters.activations import (
     padded,
 )
 from sae_steering_plugin.adapters.parameters import slots_of
+from sae_steering_plugin.adapters.readers import WORDS, readers_of, side_of
 from sae_steering_plugin.adapters.sae_parts import site_names, whole_codes
 from sae_steering_plugin.adapters.training_hooks import linear_decoder
 from sae_steering_plugin.adapters.transformer_lens import Model
@@ -177,10 +178,11 @@ def changed(
 
 @dataclass(frozen=True, eq=False)
 class WeightReport:
-    """What a change of weights writes along each latent's unit row; see `weight_report`.
+    """What a change of weights writes along each latent's unit row, or reads from it; see
+    `weight_report`.
 
-    `sizes[m, f]` is |dW d_f| of matrix m, `squares[m]` its |dW|^2. `left_out` names changes whose
-    output is not in the space of the SAE.
+    `sizes[m, f]` is |dW d_f| of matrix m (|d_f' dW| where `side` is "read"), `squares[m]` its
+    |dW|^2. `left_out` names changes that do not end, or begin, in the space of the SAE.
     """
 
     names: tuple[str, ...]
@@ -189,12 +191,14 @@ class WeightReport:
     width: int
     left_out: tuple[str, ...] = ()
     labels: Mapping[int, str] = field(default_factory=dict)
+    side: str = "write"
 
     def table(self, name: str | None = None) -> Any:
-        """A row per latent, of all matrices or of one: `write`, `share` of |dW|^2, and `times`.
+        """A row per latent, of all matrices or of one: `write` or `read`, `share` of |dW|^2, and
+        `times`.
 
         `times` is the share against that of a random direction (1 / d_model): above 1 the update
-        writes along the concept more than along a direction taken at random.
+        writes along the concept, or reads it, more than a direction taken at random.
         """
         import pandas as pd
 
@@ -207,7 +211,7 @@ class WeightReport:
         found = pd.DataFrame(
             {
                 "latent": range(len(share)),
-                "write": squares.sqrt(),
+                self.side: squares.sqrt(),
                 "share": share,
                 "times": share * self.width,
             }
@@ -217,13 +221,14 @@ class WeightReport:
         return found
 
     def top(self, k: int = 20, name: str | None = None) -> Any:
-        """The k latents that the update writes most."""
-        found = self.table(name).sort_values("write", ascending=False, kind="stable")
+        """The k latents that the update writes, or reads, most."""
+        found = self.table(name).sort_values(self.side, ascending=False, kind="stable")
         return found.head(k).reset_index(drop=True)
 
     def _repr_html_(self) -> str:
         left = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
-        head = f"{len(self.names)} changes that write to the residual{left}"
+        does = "write to" if self.side == "write" else "read"
+        head = f"{len(self.names)} changes that {does} the residual{left}"
         body = self.top(10).to_html(index=False, float_format="%.4g")
         return f"<p>{escaped(head)}</p>{body}"
 
@@ -232,21 +237,33 @@ def weight_report(
     change: Mapping[str, Tensor | LowRankDelta],
     sae: Any,
     *,
+    side: str = "write",
     labels: Mapping[int, str] | None = None,
 ) -> WeightReport:
-    """What each changed matrix writes along the SAE's latents, without a forward pass.
+    """What each changed matrix writes along the SAE's latents, or reads from them, without a
+    forward pass.
 
-    `change` maps names to what was added to a matrix `[in, d_model]` (`[head, d_head, d_model]`, or
-    a bias `[d_model]`, count as such), or to the factors of a low-rank update, which are never
-    multiplied out: `weight_deltas(before, after)` and `low_rank_deltas(model)` give both. A change
-    whose output has another width than the SAE is left out and named. Raises ValueError when
-    nothing is left.
+    `change` maps names to what was added to a matrix, or to the factors of a low-rank update, which
+    are never multiplied out: `weight_deltas(before, after)` and `low_rank_deltas(model)` give both.
+    A matrix that writes is `[in, d_model]` (`[head, d_head, d_model]`, or a bias `[d_model]`, count
+    as such); one that reads (`side="read"`: query, key, value, MLP in, gate) is `[d_model, out]` or
+    `[head, d_model, d_head]`, with the norm in front of it folded in: `weight_deltas` does so, and
+    `adapters.readers.folded(model, change)` for factors. Latents count by the decoder's rows on
+    both sides: where the concept is in the residual, not what the encoder detects it by.
+
+    A change of another width than the SAE, or whose name says that it is of the other side, is left
+    out and named. Raises ValueError when nothing is left, and for another side.
     """
+    refuse_other_sides(side)
     rows, _ = linear_decoder(sae)
     width = rows.shape[1]
     names, sizes, squares, left_out = [], [], [], []
-    for name, delta in change.items():
-        if delta.shape[-1] != width:
+    for name, given in change.items():
+        delta = given
+        if side == "read" and len(given.shape) > 1:
+            delta = given.mT
+        elsewhere = side_of(name) not in (None, side) or (side == "read" and len(given.shape) < 2)
+        if elsewhere or delta.shape[-1] != width:
             left_out.append(name)
             continue
         if isinstance(delta, LowRankDelta):
@@ -260,32 +277,46 @@ def weight_report(
         squares.append(square)
     if not names:
         raise ValueError(
-            f"no change writes {width} numbers per token, as the SAE's site has"
+            f"no change {side}s {width} numbers per token, as the SAE's site has"
             + (f"; left out: {', '.join(left_out)}" if left_out else "")
         )
     whole = torch.tensor(squares, dtype=torch.float64)
     return WeightReport(
-        tuple(names), torch.stack(sizes), whole, width, tuple(left_out), dict(labels or {})
+        tuple(names), torch.stack(sizes), whole, width, tuple(left_out), dict(labels or {}), side
     )
 
 
-def weight_deltas(before: Model, after: Model) -> dict[str, Tensor]:
-    """After minus before of every parameter that writes to the residual, by TransformerLens name.
+def weight_deltas(before: Model, after: Model, *, side: str = "write") -> dict[str, Tensor]:
+    """After minus before of every parameter that writes to the residual, by TransformerLens name;
+    or of every matrix that reads it, `[d_model, out]`, the norm in front folded in on both sides.
 
-    A block with experts has no single output matrix and is not among them. Raises ValueError for
-    models of different shapes.
+    A block with experts has no single output matrix and is not among them, nor are what its experts
+    read with. Raises ValueError for models of different shapes, and for another side.
     """
-    first, second = slots_of(before), slots_of(after)
+    refuse_other_sides(side)
+    first, second = (values_of(model, side) for model in (before, after))
     if set(first) != set(second):
         odd = sorted(set(first) ^ set(second))
         raise ValueError(f"one model has {odd[0]} and the other has not")
     out = {}
-    for name, slot in first.items():
-        old, new = slot.value(), second[name].value()
+    for name, old in first.items():
+        new = second[name]
         if old.shape != new.shape:
             raise ValueError(f"{name} has shape {tuple(old.shape)} and {tuple(new.shape)}")
         out[name] = new.cpu() - old.cpu()
     return out
+
+
+def values_of(model: Model, side: str) -> dict[str, Tensor]:
+    """The parameters of one side, as they act on the residual itself."""
+    if side == "write":
+        return {name: slot.value() for name, slot in slots_of(model).items()}
+    return {name: one.folded(one.matrix) for name, one in readers_of(model).items()}
+
+
+def refuse_other_sides(side: str) -> None:
+    if side not in WORDS:
+        raise ValueError(f"side is {' or '.join(map(repr, WORDS))}, not {side!r}")
 
 
 # While it is trained ------------------------------------------------------------------------------

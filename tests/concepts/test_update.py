@@ -27,7 +27,10 @@ def test_a_lora_delta_equals_the_dense_one():
     dense = write_share(-0.5 * down @ up, rows)
     for one, low in zip(dense, lora_write(delta, rows), strict=True):
         assert torch.allclose(one, low, atol=1e-6)
-    assert delta.shape == (9, 6)
+    transposed = read_share(-0.5 * (down @ up).T, rows)
+    for one, low in zip(transposed, lora_write(delta.mT.mT, rows), strict=True):
+        assert torch.allclose(one, low, atol=1e-6)
+    assert delta.shape == (9, 6) and delta.mT.shape == (6, 9)
     assert delta.square == pytest.approx(float((0.5 * down @ up).square().sum()), rel=1e-5)
 
 

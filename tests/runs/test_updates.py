@@ -10,6 +10,7 @@ from sae_steering_plugin.adapters.training_hooks import (
     linear_decoder,
     training_hooks,
 )
+from sae_steering_plugin.concepts import LowRankDelta
 from sae_steering_plugin.runs.learning import gradients, learning_report
 from sae_steering_plugin.runs.learning_losses import next_token_loss
 from sae_steering_plugin.runs.updates import (
@@ -117,10 +118,78 @@ def test_a_weight_written_along_one_row_is_found_there(made):
         report.table("blocks.9")
 
 
-def test_times_of_a_random_change_is_one_on_average():
+def reader_weights(model):
+    """The live parameter of block 1's MLP input, `[d_model, out]`."""
+    mlp = model.blocks[1].mlp
+    return mlp.W_in if hasattr(mlp, "W_in") else mlp._modules["in"]._original_component.weight
+
+
+@pytest.mark.parametrize("made", [tiny_hooked, tiny_bridge])
+def test_a_matrix_taught_to_read_one_row_names_that_latent(made):
+    """The planted rank-one change stands behind a norm that centres and scales."""
+    before, after, sae = made(), made(), tiny_sae()
+    unit = torch.nn.functional.normalize(linear_decoder(sae)[0], dim=1)[5]
+    unit = unit - unit.mean()
+    scale = torch.linspace(0.5, 2.0, D_MODEL)
+    for model in (before, after):
+        norm = model.blocks[1].ln2
+        owner = norm if made is tiny_hooked else norm._original_component
+        next(owner.parameters()).data.copy_(scale)
+    with torch.no_grad():
+        weights = reader_weights(after)
+        planted = torch.outer(unit, torch.randn(weights.shape[1]))
+        weights += planted / scale[:, None]
+    deltas = weight_deltas(before, after, side="read")
+    assert [n for n, delta in deltas.items() if delta.abs().max() > 1e-6] == ["blocks.1.mlp.W_in"]
+    torch.testing.assert_close(deltas["blocks.1.mlp.W_in"], planted, atol=1e-5, rtol=1e-5)
+    report = weight_report(deltas, sae, side="read", labels={5: "tides"})
+    top = report.top(1).iloc[0]
+    assert (top["latent"], top["label"]) == (5, "tides")
+    assert top["share"] == pytest.approx(float(unit.square().sum()), rel=1e-4)
+    assert top["read"] == pytest.approx(float(planted.norm() * unit.norm()), rel=1e-4)
+    assert "changes that read the residual" in report._repr_html_()
+    assert float(report.table("blocks.0.attn.W_Q")["share"].abs().max()) == 0.0
+
+
+def test_each_side_is_told_by_name_and_width():
+    square = torch.randn(D_MODEL, D_MODEL)
+    given = {
+        "layers.0.q_proj": square,
+        "layers.0.o_proj": square,
+        "layers.0.router": torch.randn(D_MODEL, 3),
+        "layers.0.bias": torch.randn(D_MODEL),
+        "heads": torch.randn(2, D_MODEL, 8),
+    }
+    reads = weight_report(given, tiny_sae(), side="read")
+    assert reads.names == ("layers.0.q_proj", "layers.0.router", "heads")
+    assert reads.left_out == ("layers.0.o_proj", "layers.0.bias")
+    writes = weight_report(given, tiny_sae())
+    assert writes.names == ("layers.0.o_proj", "layers.0.bias")
+    flat = given["heads"].permute(1, 0, 2).reshape(D_MODEL, -1)
+    alone = weight_report({"heads": flat}, tiny_sae(), side="read")
+    torch.testing.assert_close(reads.sizes[2], alone.sizes[0])
+    with pytest.raises(ValueError, match="no change reads 16 numbers per token.*o_proj"):
+        weight_report({"o_proj": square}, tiny_sae(), side="read")
+    with pytest.raises(ValueError, match="side is 'read' or 'write', not 'both'"):
+        weight_report(given, tiny_sae(), side="both")
+    with pytest.raises(ValueError, match="side is 'read' or 'write', not 'both'"):
+        weight_deltas(tiny_hooked(), tiny_hooked(), side="both")
+
+
+def test_low_rank_readers_equal_the_dense_change():
+    down, up = torch.randn(D_MODEL, 2), torch.randn(2, 24)
+    low = weight_report({"q_proj": LowRankDelta(down, up, 0.7)}, tiny_sae(), side="read")
+    full = weight_report({"q_proj": 0.7 * down @ up}, tiny_sae(), side="read")
+    assert torch.allclose(low.sizes, full.sizes, rtol=1e-5)
+    assert torch.allclose(low.squares, full.squares, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["write", "read"])
+def test_times_of_a_random_change_is_one_on_average(side):
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(20_000, D_MODEL, generator=generator)
-    times = weight_report({"noise": noise}, tiny_sae()).table()["times"]
+    noise = noise if side == "write" else noise.T
+    times = weight_report({"noise": noise}, tiny_sae(), side=side).table()["times"]
     assert times.mean() == pytest.approx(1.0, abs=0.03)  # four deviations of a share at this size
 
 
@@ -137,7 +206,6 @@ def test_a_real_adapter_is_read_in_factors_and_equals_the_dense_change(bridge):
     """Check 8 of the method page, on a peft adapter in the model."""
     pytest.importorskip("peft", reason="peft is not installed: pip install .[lora]")
     from sae_steering_plugin.adapters.peft import low_rank_adapter, low_rank_deltas
-    from sae_steering_plugin.concepts import LowRankDelta
 
     adapter = low_rank_adapter(bridge, rank=2, alpha=4, dropout=0.0)
     with torch.no_grad():
