@@ -96,6 +96,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from .runs.option_choice import choose_options
     from .runs.outcome_correlation import collect_outcomes
     from .runs.probe_comparison import compare_probes, quiver_of_arrows
+    from .runs.probe_perturbation import collect_pooled, perturb_probes, remove_spurious
     from .runs.rollout_plan import RolloutPlan
     from .runs.rollouts import dose_response, run_rollouts
     from .runs.runner import InProcess, RayRunner, run_shard
@@ -170,6 +171,7 @@ _ROOMS: dict[str, str] = {
     "runs.option_choice": "choose_options",
     "runs.outcome_correlation": "collect_outcomes",
     "runs.probe_comparison": "compare_probes quiver_of_arrows",
+    "runs.probe_perturbation": "collect_pooled perturb_probes remove_spurious",
     "runs.rollouts": "run_rollouts dose_response",
     "runs.rollout_plan": "RolloutPlan",
     "runs.runner": "InProcess RayRunner run_shard",

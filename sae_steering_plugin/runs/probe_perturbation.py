@@ -528,8 +528,8 @@ def random_dictionary(
     for part in blocks(len(pooled), int(lengths.max()) * len(fires)):
         begin, end = part.start, min(part.stop, len(pooled))
         own = pooled.bounds[begin : end + 1]
-        codes = drawn.codes(pooled.tokens[own[0] : own[-1]].astype(np.float64))
-        mean = np.add.reduceat(codes, own[:-1] - own[0]) / lengths[begin:end, None]
+        fired = drawn.codes(pooled.tokens[own[0] : own[-1]].astype(np.float64))
+        mean = np.add.reduceat(fired, own[:-1] - own[0]) / lengths[begin:end, None]
         text, feature = mean.nonzero()
         entries.append(
             [torch.from_numpy(one) for one in (feature, text + begin, mean[text, feature])]
