@@ -307,14 +307,20 @@ def prefilling(host: Host, around: Context, length: int = 64) -> Variant:
     return variant
 
 
-def answers(report: Report, what: str, variants: dict[str, Variant], base: str) -> float:
+def answers(
+    report: Report,
+    what: str,
+    variants: dict[str, Variant],
+    base: str,
+    tolerance: float = TOLERANCE,
+) -> float:
     """The largest difference of any steered variant from `base`, after checking that it steered."""
     found = {name: variant(Clock()) for name, variant in variants.items()}
     report.same(
         f"{what}: steering changed nothing", bool((found[base] != found["unsteered"]).any())
     )
     others = [name for name in found if name not in (base, "unsteered")]
-    errors = [report.agree(f"{what}: {n}", found[base], found[n], TOLERANCE) for n in others]
+    errors = [report.agree(f"{what}: {n}", found[base], found[n], tolerance) for n in others]
     return max(errors, default=0.0)
 
 
