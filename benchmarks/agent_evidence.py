@@ -26,7 +26,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 from sae_steering_plugin.organisms import list_organisms  # noqa: E402
-from sae_steering_plugin.runs.demo import Budget, Demo, row, run_demo  # noqa: E402
+from sae_steering_plugin.runs.demo import Demo, row, run_demo  # noqa: E402
+from sae_steering_plugin.runs.demo_stages import Budget  # noqa: E402
 from sae_steering_plugin.types import Effect  # noqa: E402
 
 FULL = Budget(validation=100, test=200, control_items=200, curve_items=200)

@@ -47,8 +47,8 @@ from sae_steering_plugin.runs.axbench.writer import (  # noqa: E402
     read_evaluation,
 )
 from sae_steering_plugin.runs.choice_evaluation import primary_sae  # noqa: E402
-from sae_steering_plugin.runs.demo import finite  # noqa: E402
 from sae_steering_plugin.runs.parts import collect  # noqa: E402
+from sae_steering_plugin.runs.provenance import finite  # noqa: E402
 from sae_steering_plugin.runs.runner import InProcess  # noqa: E402
 from sae_steering_plugin.runs.steering_methods import METHODS  # noqa: E402
 

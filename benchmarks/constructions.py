@@ -27,7 +27,8 @@ from sae_steering_plugin.runs.construction_table import (  # noqa: E402
     TableBudget,
     compare_constructions,
 )
-from sae_steering_plugin.runs.demo import finite, row  # noqa: E402
+from sae_steering_plugin.runs.demo import row  # noqa: E402
+from sae_steering_plugin.runs.provenance import finite  # noqa: E402
 from sae_steering_plugin.types import Effect  # noqa: E402
 
 QUICK = TableBudget(

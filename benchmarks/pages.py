@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sae_steering_plugin.runs.demo import finite, versions
+from sae_steering_plugin.runs.provenance import finite, versions
 
 
 def asked(about: str, models: Sequence[str] = ()) -> argparse.Namespace:

@@ -35,10 +35,10 @@ from sae_steering_plugin.runs.choice_items import world_prompted  # noqa: E402
 from sae_steering_plugin.runs.choices import evaluate_choices  # noqa: E402
 from sae_steering_plugin.runs.collect import collect_labelled  # noqa: E402
 from sae_steering_plugin.runs.contrast_files import chat_render  # noqa: E402
-from sae_steering_plugin.runs.demo import finite  # noqa: E402
 from sae_steering_plugin.runs.judges import open_judge  # noqa: E402
 from sae_steering_plugin.runs.open_ended import evaluate_open_ended, world_requests  # noqa: E402
 from sae_steering_plugin.runs.parts import collect  # noqa: E402
+from sae_steering_plugin.runs.provenance import finite  # noqa: E402
 from sae_steering_plugin.runs.runner import InProcess  # noqa: E402
 from sae_steering_plugin.runs.sas_protocol import SAERef, SASWorker  # noqa: E402
 from sae_steering_plugin.runs.sas_tables import (  # noqa: E402

@@ -160,7 +160,8 @@ def demo(
         from dataclasses import replace
 
         from sae_steering_plugin.report import effect_rows, headline, write_report
-        from sae_steering_plugin.runs.demo import Budget, run_demo
+        from sae_steering_plugin.runs.demo import run_demo
+        from sae_steering_plugin.runs.demo_stages import Budget
 
         budget = replace(Budget(), test=items)
         if thorough:

@@ -12,7 +12,8 @@ from typing import Any
 
 from sae_steering_plugin.plots import dose_response_svg, effects_svg
 from sae_steering_plugin.prediction.screen import GROUPS
-from sae_steering_plugin.runs.demo import PROBE, Demo
+from sae_steering_plugin.runs.demo import Demo
+from sae_steering_plugin.runs.demo_stages import PROBE
 from sae_steering_plugin.runs.learning import LearningReport
 from sae_steering_plugin.types import Effect, SteeringVector, escaped
 

@@ -38,7 +38,7 @@ from .collect import collect_contrast, encode_labelled
 from .contrast_files import read_contrast_file
 from .parts import is_running
 from .references import VectorRef, model_fingerprint
-from .subject import Subject, open_subject, world_contrast
+from .subject import Subject, one_thread, open_subject, world_contrast
 
 PROBE = "decoded probe"
 RANDOM_WEIGHTS = "random weights, decoded"
@@ -190,7 +190,6 @@ def build(
 ) -> None:
     """Build every vector and give the folder its name once it is whole."""
     from ..adapters.sae_lens import SteeringDictionary
-    from .demo import one_thread
 
     with one_thread():
         made = list(built_vectors(subject, settings, contrasts))

@@ -16,11 +16,12 @@ from sae_steering_plugin.directions import EffectMap, OutcomeCorrelation
 from sae_steering_plugin.effects import corrected
 from sae_steering_plugin.runs.collect import collect_contrast
 from sae_steering_plugin.runs.construction import METHODS, construct_all
-from sae_steering_plugin.runs.demo import BASE, effects_of, one_thread, require_organism, shift
+from sae_steering_plugin.runs.demo import require_organism
+from sae_steering_plugin.runs.demo_stages import BASE, effects_of, shift
 from sae_steering_plugin.runs.feature_effects import collect_effects
 from sae_steering_plugin.runs.outcome_correlation import ScoredResponse, collect_outcomes
 from sae_steering_plugin.runs.rollouts import Arm, random_vector, run_rollouts
-from sae_steering_plugin.runs.subject import Subject, open_subject, world_contrast
+from sae_steering_plugin.runs.subject import Subject, one_thread, open_subject, world_contrast
 from sae_steering_plugin.runs.transcripts import PROXIES
 from sae_steering_plugin.types import Effect, SteeringVector
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -91,3 +93,14 @@ def world_contrast(
         raise ValueError(f"{subject.name} is no organism, so it has no world to draw from")
     found: Contrast = subject.world.decisions(trait, n, split=split, seed=seed)
     return found
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Matrices of a small model are too small to share: threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

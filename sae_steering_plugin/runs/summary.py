@@ -22,7 +22,7 @@ def write_summary(
     """
     import pyarrow.parquet as pq
 
-    from .demo import finite
+    from .provenance import finite
 
     folder = Path(out)
     content = {

@@ -310,3 +310,31 @@ def in_order_of_arms(rollouts: Iterable[Rollout]) -> tuple[Rollout, ...]:
     listed = list(rollouts)
     place = {name: at for at, name in enumerate(dict.fromkeys(one.arm for one in listed))}
     return tuple(sorted(listed, key=lambda one: place[one.arm]))
+
+
+EXAMPLES = 4
+
+
+def transcript_pairs(
+    base: Rollouts, arm: Rollouts, outcome: str
+) -> tuple[tuple[str, str, str], ...]:
+    """The first three scenarios whose outcome changed, then the first whose outcome did not."""
+    before, after = base.table().set_index("scenario"), arm.table().set_index("scenario")
+    changed = [s for s in before.index if before.loc[s, outcome] != after.loc[s, outcome]]
+    same = [s for s in before.index if s not in set(changed)]
+    texts = [{one.scenario: transcript(one.messages) for one in side} for side in (base, arm)]
+    return tuple((s, texts[0][s], texts[1][s]) for s in [*changed[: EXAMPLES - 1], *same[:1]])
+
+
+def transcript(messages: Sequence[Mapping[str, Any]]) -> str:
+    """A conversation as a person reads it: one block per message, calls as name(arguments)."""
+    blocks = []
+    for one in messages:
+        text = str(one.get("content") or "").strip()
+        for call in one.get("tool_calls") or ():
+            function = call["function"]
+            given = ", ".join(f"{k}={v!r}" for k, v in function["arguments"].items())
+            text += ("\n" if text else "") + f"-> {function['name']}({given})"
+        name = f"{one['role']} {one['name']}" if one.get("name") else one["role"]
+        blocks.append(f"[{name}] {text}")
+    return "\n".join(blocks)

@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sae_steering_plugin.runs.demo import (
+from sae_steering_plugin.runs.demo import run_demo
+from sae_steering_plugin.runs.demo_stages import (
     BASE,
     DIFF_MEAN,
     FEATURE,
@@ -14,22 +15,11 @@ from sae_steering_plugin.runs.demo import (
     SAS,
     SAS_DENSE,
     Budget,
-    chosen_effect,
-    first_pairs,
     matching_strength,
-    run_demo,
-    split_contrast,
-    strengths_above,
-    transcript,
-    transcript_pairs,
 )
-from sae_steering_plugin.runs.rollouts import Rollouts
 from sae_steering_plugin.runs.screen_job import Sizes
 from sae_steering_plugin.runs.subject import Subject, open_subject
-from sae_steering_plugin.runs.transcripts import Rollout
-from sae_steering_plugin.types import Contrast
 from tests.local import model_folder, pairs_file, questions_file, sae_folder, traits_file
-from tests.test_plots import effect
 
 TINY = Budget(
     pairs=24,
@@ -134,92 +124,6 @@ def test_the_sae_route_reaches_the_asked_displacement(folder):
     wanted = 0.7 * labelled.mean_norm
     factor, reached = matching_strength(subject, vector, contrast.positive, wanted)
     assert factor is not None and reached == pytest.approx(wanted, rel=0.021)
-
-
-def test_finer_strengths_divide_the_gap_above_the_chosen_one():
-    assert strengths_above(0.5, (0.35, 0.5, 0.65), 2) == [0.55, 0.6]
-    assert strengths_above(0.65, (0.35, 0.5, 0.65), 2) == []
-    assert strengths_above(0.35, (0.5, 0.35), 0) == []
-
-
-def test_the_strength_is_the_largest_effect_among_the_clearly_valid():
-    tried = [
-        effect(strength=0.2, d=0.5, valid_rate=1.0),
-        effect(strength=0.4, d=1.2, valid_rate=0.97),
-        effect(strength=0.6, d=2.0, valid_rate=0.96),  # within a standard error of the floor
-        effect(strength=0.8, d=3.0, valid_rate=0.4),
-    ]
-    assert chosen_effect(tried, valid=0.95).strength == 0.4
-    assert chosen_effect([replace(one, n=50) for one in tried], valid=0.95).strength == 0.2
-    assert chosen_effect(tried[3:], valid=0.95).strength == 0.8
-    unknown = [effect(strength=s, d=s, valid_rate=float("nan")) for s in (0.2, 0.4)]
-    assert chosen_effect(unknown, valid=0.95).strength == 0.4
-
-
-@pytest.mark.parametrize("paired", [True, False])
-def test_a_split_shares_no_group_and_loses_no_pair(paired):
-    n = 30
-    groups = tuple(f"g{i % 10}" for i in range(n if paired else 2 * n))
-    contrast = Contrast(
-        tuple(f"p{i}" for i in range(n)),
-        tuple(f"n{i}" for i in range(n)),
-        groups,
-        letters=(tuple(range(n)), tuple(range(n))),
-        paired=paired,
-    )
-    parts = split_contrast(contrast, seed=1)
-    seen = [set(part.groups) for part in parts.values()]
-    assert not seen[0] & seen[1] and not seen[0] & seen[2] and not seen[1] & seen[2]
-    assert sorted(t for part in parts.values() for t in part.positive) == sorted(contrast.positive)
-    for part in parts.values():
-        assert [f"p{at}" for at in part.letters[0]] == list(part.positive)
-        if paired:
-            assert [t[1:] for t in part.positive] == [t[1:] for t in part.negative]
-    assert len(parts["train"].positive) > len(parts["test"].positive)
-    assert parts == split_contrast(contrast, seed=1)
-
-
-def test_a_split_needs_three_groups():
-    contrast = Contrast(("a", "b"), ("c", "d"), name="two")
-    with pytest.raises(ValueError, match="'two' has 2 groups; a split in three needs three"):
-        split_contrast(contrast, seed=0)
-
-
-def test_first_pairs_keep_groups_and_letters():
-    contrast = Contrast(("a", "b"), ("c", "d"), ("g", "h"), letters=((0, 0), (0, 0)))
-    assert first_pairs(contrast, 1) == Contrast(("a",), ("c",), ("g",), letters=((0,), (0,)))
-    assert first_pairs(contrast, 9) == contrast
-
-
-def spoken(scenario, arm, calls):
-    return Rollout(scenario, arm, ({"role": "user", "content": scenario},), 1, calls)
-
-
-def test_examples_are_the_first_changes_and_one_that_stayed():
-    asks = {"base": "ask ask ask - ask ask", "arm": "- - ask - - -"}
-    arms = {
-        name: Rollouts(
-            tuple(
-                spoken(f"s{i}", name, ("ask_user",) if word == "ask" else ())
-                for i, word in enumerate(row.split())
-            ),
-            {name: {}},
-        )
-        for name, row in asks.items()
-    }
-    found = transcript_pairs(arms["base"], arms["arm"], "autonomy")
-    assert [one[0] for one in found] == ["s0", "s1", "s4", "s2"]
-
-
-def test_a_transcript_shows_calls_and_results():
-    call = {"function": {"name": "file_read", "arguments": {"path": "a.md"}}}
-    text = transcript(
-        (
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "name": "file_read", "content": "two lines"},
-        )
-    )
-    assert text == "[assistant] -> file_read(path='a.md')\n[tool file_read] two lines"
 
 
 @pytest.fixture(scope="module")
