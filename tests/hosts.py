@@ -203,6 +203,14 @@ def tiny_gemma2(*, n_ctx: int = 64, seed: int = 0) -> Any:
     return _tiny_rotary(Gemma2ForCausalLM, Gemma2Config, n_ctx, seed, sliding_window=8, head_dim=8)
 
 
+def tiny_olmo2(*, n_ctx: int = 64, seed: int = 0) -> Any:
+    """An SAETransformerBridge around a random OLMo 2, which normalises what its blocks write and
+    nothing that they read."""
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    return _tiny_rotary(Olmo2ForCausalLM, Olmo2Config, n_ctx, seed)
+
+
 def _tiny_rotary(model_class: Any, config_class: Any, n_ctx: int, seed: int, **options: Any) -> Any:
     from sae_lens import SAETransformerBridge
 

@@ -2,28 +2,21 @@
 
 import pytest
 import torch
-from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from sae_steering_plugin.adapters.parameters import slots_of
 from sae_steering_plugin.adapters.readers import folded, norm_map, readers_of, side_of
 from sae_steering_plugin.concepts import LowRankDelta
 from tests.hosts import (
-    _tiny_rotary,
     tiny_bridge,
     tiny_gemma2,
     tiny_hooked,
     tiny_llama,
     tiny_neox,
+    tiny_olmo2,
     tiny_qwen3,
     tiny_qwen_moe,
     tokens_of_length,
 )
-
-
-def tiny_olmo2():
-    """A block that normalises what it writes and nothing that it reads."""
-    return _tiny_rotary(Olmo2ForCausalLM, Olmo2Config, 64, 0)
-
 
 HOSTS = [
     tiny_bridge,
@@ -91,6 +84,16 @@ def test_folding_equals_transformer_lens_s_own():
     for name, matrix in found.items():
         torch.testing.assert_close(matrix, theirs[name].matrix, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(matrix, theirs[name].folded(theirs[name].matrix))
+
+
+@pytest.mark.parametrize("made", [tiny_bridge, tiny_llama, tiny_gemma2], ids=lambda m: m.__name__)
+def test_a_bridge_that_folds_by_itself_is_read_the_same(made):
+    model = with_scales(made())
+    found = {name: one.folded(one.matrix) for name, one in readers_of(model).items()}
+    model.enable_compatibility_mode(disable_warnings=True)
+    for name, one in readers_of(model).items():
+        if name != "unembed.W_U":  # centred over the words besides
+            torch.testing.assert_close(one.folded(one.matrix), found[name])
 
 
 @pytest.mark.parametrize("width", [7, 16])
