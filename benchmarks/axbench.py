@@ -54,6 +54,7 @@ from sae_steering_plugin.runs.steering_methods import METHODS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("SAE_STEERING_DATA", ROOT.parent / "shared" / "data"))
+ALL_TEXTS = "all"
 PROXY = "offline proxy score, not an AxBench score"
 FACTORS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0)
 CLAMPED = (0.4, 0.8, 1.2, 1.6, 2.0, 3.0, 4.0)
@@ -104,8 +105,8 @@ def world_plan(name: str, folder: str, quick: bool, words: bool = False) -> AxBe
     )
 
 
-def budget_plan(name: str, folder: str, texts: int, quick: bool) -> AxBenchPlan:
-    """Methods that learn from labels, with as many labelled texts per concept."""
+def budget_plan(name: str, folder: str, texts: str, quick: bool) -> AxBenchPlan:
+    """Methods that learn from labels, on concepts that come with so many labelled texts."""
     learned = ["diff_mean", "reft_r1", "lora", "sae_auroc", "supervised", "supervised_chosen"]
     return axbench_plan(
         name,
@@ -115,6 +116,7 @@ def budget_plan(name: str, folder: str, texts: int, quick: bool) -> AxBenchPlan:
         concept_ids=world_numbers(quick, False),
         n_instructions=10,
         max_new_tokens=24,
+        others=2 if texts == ALL_TEXTS else 0,  # so that its units are those of the whole table
         factor_block=14,
         name=f"world_{name}_{texts}_texts",
     )
@@ -263,9 +265,13 @@ def main() -> None:
             results[title] = run(plan, "world", out / name)
             for texts in arguments.budgets:
                 few = world_concepts(train=texts // 2).write(out / f"world-concepts-{texts}")
-                plan = budget_plan(name, str(few), texts, arguments.quick)
+                plan = budget_plan(name, str(few), str(texts), arguments.quick)
                 title = f"{name}: {len(plan.concept_ids)} concepts, {texts} labelled texts each"
                 results[title] = run(plan, "world", out / f"{name}-{texts}")
+            if arguments.budgets:
+                plan = budget_plan(name, concepts, ALL_TEXTS, arguments.quick)
+                title = f"{name}: the same {len(plan.concept_ids)} concepts, all labelled texts"
+                results[title] = run(plan, "world", out / name)
         real = None if arguments.no_real else real_plan(arguments.quick, arguments.real_concepts)
         if real is not None:
             title = f"concept10 (2B L10) on {REAL_MODEL}: {len(real.concept_ids)} concepts"
