@@ -54,7 +54,7 @@ from ..features.perturbation import (
 from ..features.pooled import PooledCodes
 from ..features.scores import label_table
 from .collect import require_fit
-from .pooled_codes import blocks, by_feature, pool, shortened_texts
+from .pooled_codes import blocks, by_feature, first_token, pool, shortened_texts
 from .probe_comparison import logistic, random_directions
 from .splits import linked_groups
 
@@ -115,6 +115,8 @@ def collect_pooled(
     hook_name = site_names(sae)[0]
     bos = bos_policy(model, sae, prepend_bos)
     encoded, shortened = shortened_texts(model, texts, bos, max_tokens, cut)
+    for number, text in enumerate(encoded):
+        first_token(text, number, ())  # raises where a cut left the BOS alone
     width = sae.W_dec.shape[0]
     tokens: dict[int, Tensor] = {}
     found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {"mean": [], "frequency": []}
@@ -141,8 +143,6 @@ def collect_pooled(
                     entries.append((feature, place[member], pooled[member, feature]))
             bar.update(len(numbers))
     lengths = [len(tokens[i]) for i in range(len(texts))]
-    if 0 in lengths:
-        raise ValueError(f"text {lengths.index(0)} has no token to pool")
     pooled_codes = {
         name: by_feature(
             *(torch.cat(part) for part in zip(*entries, strict=True)),
@@ -214,7 +214,8 @@ class Perturbation:
     """TPP or SCR of a dictionary and of random directions, per seed, number of features and item.
 
     Intervals are over seeds: other splits, probes and directions from the same texts, not other
-    texts. `converged` is the share of probes whose fit ended before its limit.
+    texts; from few seeds they are somewhat too narrow. `converged` is the share of probes whose fit
+    ended before its limit.
     """
 
     metric: str

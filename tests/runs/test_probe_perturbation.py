@@ -268,6 +268,8 @@ def test_what_cannot_be_measured_is_refused(bridge):
             collect_pooled(bridge, tiny_sae(), TEXTS, progress=False),
             {"a": [1.0, 0.0, 1.0, 0.0], "b": [0.0, 1.0, 1.0, 1.0]},
         )
+    with pytest.raises(ValueError, match="nothing is left to pool of text 0"):
+        collect_pooled(bridge, tiny_sae(), TEXTS, max_tokens=1, cut=True, progress=False)
     with pytest.raises(ValueError, match="no texts"):
         collect_pooled(bridge, tiny_sae(), [])
     with pytest.raises(ValueError, match="a transcoder does not rebuild"):
