@@ -24,6 +24,16 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+LONGEST = ("test_notebooks.py", "test_demo.py", "test_cli.py")
+"""Files of a minute or more, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files start first: a file stays on one worker, and the last one would leave it alone."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+
+
 def data_folder() -> Path | None:
     """The folder of shared data: `SAE_STEERING_DATA`, or `../shared/data` beside the checkout."""
     given = os.environ.get("SAE_STEERING_DATA")

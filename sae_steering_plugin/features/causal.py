@@ -73,7 +73,7 @@ def lens_probability(
 
 
 def generation_success(
-    texts: Sequence[Int[Tensor, " new"]], tokens: Int[Tensor, " k"]
+    texts: Sequence[Int[Tensor, " _"]], tokens: Int[Tensor, " k"]
 ) -> Float[Tensor, " text"]:
     """GenSuccess@k: how many of each text's generated tokens are among a feature's lens tokens.
 

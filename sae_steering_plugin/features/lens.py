@@ -42,7 +42,7 @@ class Lens:
 
 def top_tokens(
     features: Sequence[int] | Tensor,
-    blocks: Iterable[Float[Tensor, "row d_vocab"]],
+    blocks: Iterable[Float[Tensor, "_ d_vocab"]],
     *,
     k: int = LENS_TOKENS,
     settings: Mapping[str, Any] | None = None,

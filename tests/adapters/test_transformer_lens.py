@@ -60,6 +60,7 @@ RESIDUAL = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*the input of the MLP's norm")
 @every_host
 @pytest.mark.parametrize("site", [*RESIDUAL, "hook_embed", "ln_final.hook_normalized"])
 def test_the_point_found_is_the_one_the_model_fires_and_an_edit_there_acts_once(make, site):
