@@ -77,8 +77,8 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         "random directions from the same texts, so the intervals say nothing of other texts, and "
         "from so few seeds they are somewhat too narrow. "
         "`clean` and `biased`: accuracy of the probes before anything is taken out, 0.5 being "
-        "chance. TPP is at most about clean - 0.5. SCR is 1 where the biased probe becomes as good as "
-        "the clean one, negative where it becomes worse. Where the settings differ from "
+        "chance. TPP is at most about clean - 0.5. SCR is 1 where the biased probe becomes as good "
+        "as the clean one, negative where it becomes worse. Where the settings differ from "
         "SAEBench's: `runs/probe_perturbation.py`. No figure here compares with SAEBench's tables.",
         "",
         *found_in(rows),
