@@ -69,7 +69,9 @@ def page(demos: Sequence[Demo], command: str) -> str:
         "# Steering the embedded agents",
         f"Written by `{command}`. Strengths are multiples of the mean residual norm at the SAE's "
         "site. Outcome: the share of rollouts without an `ask_user` call. These are model "
-        "organisms of one or two million parameters, not a real assistant.",
+        "organisms of one or two million parameters, not a real assistant. The single feature is "
+        "the one forecast to steer cleanest among those that tell the trait apart as well as the "
+        "best (docs/forecast_choice.md).",
     ]
     for demo in demos:
         random = sizes(demo.controls)
