@@ -10,11 +10,14 @@ import pytest
 import torch
 from sae_lens.saes.sae import SAEMetadata
 
+from sae_steering_plugin.adapters.columns import ContextRows
 from sae_steering_plugin.adapters.engine import generate
 from sae_steering_plugin.adapters.steering import SteeringError, fwd_hooks, steer
+from sae_steering_plugin.adapters.training_hooks import PreventativeSteering, training_hooks
 from sae_steering_plugin.adapters.transformer_lens import is_bridge, resolve
 from sae_steering_plugin.edits import Add, Clamp
-from sae_steering_plugin.types import Edit
+from sae_steering_plugin.runs.learning import captured
+from sae_steering_plugin.types import Edit, Recipe, SteeringVector
 from tests.hosts import D_MODEL, SITE, tiny_bridge, tiny_hooked, tiny_sae, tokens_of_length
 from tests.oracles import leftovers
 
@@ -456,3 +459,32 @@ def test_an_edit_between_attention_and_mlp_says_where_a_bridge_loses_it():
     hooked = changed["hooked", "hook_resid_mid"] - changed["hooked", "hook_attn_out"]
     bridge = changed["bridge", "hook_resid_mid"] - changed["bridge", "hook_attn_out"]
     assert hooked.abs().max() < 1e-5 < 1e-1 < bridge.abs().max()
+
+
+@pytest.mark.parametrize("what", ["side effects", "training", "gradients"])
+def test_nothing_else_takes_a_bridges_middle_for_the_stream_either(what):
+    site = "blocks.0.hook_resid_mid"
+
+    def use(model):
+        if what == "side effects":
+            ContextRows(model, TOKENS, site)
+        elif what == "training":
+            vector = SteeringVector(PUSH, site, Recipe("given"))
+            with training_hooks(model, PreventativeSteering(vector, 0.5, "raw")):
+                model(TOKENS)
+        else:
+            with captured(model, [site]):
+                pass
+
+    with pytest.warns(UserWarning, match=r"input of the MLP's norm.*hook_attn_out"):
+        use(tiny_bridge())
+    use(tiny_hooked())  # a warning is an error here
+
+
+def test_an_sae_attached_in_the_middle_is_no_branch():
+    model = tiny_hooked()
+    sae = tiny_sae()
+    sae.cfg.metadata.hook_name = "blocks.0.hook_resid_mid"
+    model.add_sae(sae)
+    with steer(model, Edit(Add(PUSH), "blocks.0.hook_resid_mid")), torch.no_grad():
+        model(TOKENS)

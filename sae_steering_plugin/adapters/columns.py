@@ -37,6 +37,7 @@ from sae_steering_plugin.adapters.transformer_lens import (
     refuse_compiled,
     resolve,
     same_place,
+    tell_of_a_branch,
 )
 
 BEFORE, AFTER = ("hook_resid_pre", "hook_in"), ("hook_resid_post", "hook_out")
@@ -76,7 +77,9 @@ class ContextRows:
     ) -> None:
         _check(model, tokens)
         self.model = model
-        self.site = resolve(model, site).name
+        place = resolve(model, site)
+        tell_of_a_branch(site, place)
+        self.site = place.name
         self.read = None if read is None else resolve(model, read).name
         if self.read is not None:
             check_behind(model, self.site, self.read)

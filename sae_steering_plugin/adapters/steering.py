@@ -30,6 +30,7 @@ from sae_steering_plugin.adapters.transformer_lens import (
     refuse_compiled,
     resolve,
     same_place,
+    tell_of_a_branch,
 )
 from sae_steering_plugin.edits.codes import (
     CodeChange,
@@ -563,7 +564,7 @@ def _programs(
         edit = ungated(given)
         site = _one_vector_per_token(model, edit.site)
         if not _projected_after(edit, edits):
-            _tell_of_a_branch(edit.site, site)
+            tell_of_a_branch(edit.site, site)
         gate = _gate(model, given, site, observer, prompts, readers)
         read = _read_site(model, edit, site)
         if read is not None:
@@ -603,19 +604,6 @@ def _projected_after(edit: Edit, edits: Iterable[Edit]) -> bool:
     return isinstance(edit.change, ProjectOut) and any(
         isinstance(other.change, ProjectOut) and other.site == end for other in edits
     )
-
-
-def _tell_of_a_branch(name: str, site: Site) -> None:
-    """Warns where a bridge's `hook_resid_mid` is an alias of the MLP norm's input: the value is the
-    residual stream's, but what is written there reaches the MLP alone."""
-    if name.endswith("hook_resid_mid") and not site.name.endswith("hook_resid_mid"):
-        warnings.warn(
-            f"on this model {name} is {site.name}, the input of the MLP's norm: the edit changes "
-            "what the MLP reads, and the residual stream flows on without it. For the stream, edit "
-            f"{name.replace('hook_resid_mid', 'hook_attn_out')} (the same addition), or load the "
-            f"model as a HookedTransformer; to edit the branch on purpose, name {site.name}",
-            stacklevel=2,
-        )
 
 
 def _gate(

@@ -44,6 +44,7 @@ from sae_steering_plugin.adapters.transformer_lens import (
     is_bridge,
     refuse_compiled,
     resolve,
+    tell_of_a_branch,
 )
 from sae_steering_plugin.concepts.maps import ConceptBasis, concept_basis
 from sae_steering_plugin.types import SteeringVector, Unit
@@ -227,6 +228,7 @@ def training_hooks(
                     f"an SAE is attached at {site.name!r}: gradients do not pass its error term; "
                     "detach it before training"
                 )
+            tell_of_a_branch(hook.hook_name, site)
             one = LiveHook(hook, site.name)
             stack.callback(site.point.register_forward_hook(one).remove)
             live.append(one)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -185,6 +186,20 @@ def resolve(model: Model, hook_name: str) -> Site:
             sae_error_term=bool(held.use_error_term),
         )
     raise KeyError(_unknown(model, hook_name))
+
+
+def tell_of_a_branch(hook_name: str, site: Site) -> None:
+    """Warns where a bridge's `hook_resid_mid` is an alias of the MLP norm's input: the value is the
+    residual stream's, but what is written or differentiated there is the MLP's reading alone."""
+    if hook_name.endswith("hook_resid_mid") and "hook_resid_mid" not in site.name:
+        warnings.warn(
+            f"on this model {hook_name} is {site.name}, the input of the MLP's norm: a change or a "
+            "gradient there is of what the MLP reads, and the residual stream flows on beside it. "
+            f"For the stream, add at {hook_name.replace('hook_resid_mid', 'hook_attn_out')}, or "
+            "load the model as a HookedTransformer; for the branch on purpose, name "
+            f"{site.name}",
+            stacklevel=3,
+        )
 
 
 def hook_names(model: Model) -> list[str]:
