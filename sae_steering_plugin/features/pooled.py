@@ -76,15 +76,14 @@ class PooledCodes:
         """The same as a `scipy.sparse.csc_array` of float64, texts x features."""
         from scipy.sparse import csc_array
 
-        index = np.int32 if len(self.values) < 2**31 else np.int64  # scikit-learn reads 32 bits
         return csc_array(
-            (
-                self.values.double().numpy(),
-                self.examples.numpy().astype(index),
-                self.starts.numpy().astype(index),
-            ),
-            shape=(len(self), self.n_features),
+            (self.values.double().numpy(), *self.places()), shape=(len(self), self.n_features)
         )
+
+    def places(self) -> tuple[Int[np.ndarray, " stored"], Int[np.ndarray, " bound"]]:
+        """`examples` and `starts` in 32 bits where they fit: scikit-learn reads no others."""
+        index = np.int32 if len(self.values) < 2**31 else np.int64
+        return self.examples.numpy().astype(index), self.starts.numpy().astype(index)
 
     def dense(self) -> Float[Tensor, "example feature"]:
         """All of it; for small dictionaries only."""

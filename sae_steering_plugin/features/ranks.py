@@ -41,22 +41,21 @@ def mid_ranks(
     new = np.ones(len(keys) + 1, dtype=bool)
     np.not_equal(keys[1:], keys[:-1], out=new[1:-1])
     bounds = np.flatnonzero(new)  # where groups of equal values of a column begin, and the end
-    first, size = bounds[:-1], np.diff(bounds)
     zeros = n - counts
     negative = np.zeros(len(counts))
     if signed:
         columns = np.repeat(np.arange(len(counts)), counts)
         negative += np.bincount(columns[single < 0], minlength=len(counts))
     zero = negative + (zeros + 1) / 2
-    # Positions from 1 inside the column; positive values stand above the column's zeros.
-    column = keys[first] >> 32
-    middle = (zeros - begins - zero + 0.5)[column]
-    middle += first
-    middle += 0.5 * size
-    if signed:
-        middle -= np.where(keys[first] & POSITIVE, 0, zeros[column])
+    middle = 0.5 * bounds[1:]
+    middle += 0.5 * bounds[:-1]
+    if signed:  # only positive values stand above the column's zeros
+        first = keys[bounds[:-1]]
+        middle -= np.where(first & POSITIVE, 0, zeros[first >> 32])
     lift = np.empty(len(keys))
-    lift[order] = np.repeat(middle, size)
+    lift[order] = np.repeat(middle, np.diff(bounds))
+    # Positions from 1 inside the column, whose entries stayed together.
+    lift += np.repeat(zeros - begins - zero + 0.5, counts)
     return MidRanks(lift, zero)
 
 

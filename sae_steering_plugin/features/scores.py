@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -295,11 +296,15 @@ class Columns:
         self.codes, self.options = codes, options
         self.y = labels
         self.n = len(codes)
-        matrix = codes.matrix()
-        self.values, self.examples, self.starts = matrix.data, matrix.indices, matrix.indptr
+        self.examples, self.starts = codes.places()
         self.n_pos = labels.sum(axis=0)
         self.n_neg = self.n - self.n_pos
         self._sums: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    @cached_property
+    def values(self) -> Float[np.ndarray, " stored"]:
+        """The stored codes in float64; ranks do without."""
+        return self.codes.values.double().numpy()
 
     def product(self, data: Float[np.ndarray, " stored"]) -> Float[np.ndarray, "feature concept"]:
         """sum over texts of data x label, for stored `data` in the place of the codes."""
@@ -319,9 +324,11 @@ class Columns:
     ) -> Float[np.ndarray, "feature concept"]:
         """`product` of multiples of 1/2: in float32, at half the traffic, where no sum can round
         (up to 2^23 in total per feature), so that both ways give the same bits."""
-        sums = np.add.reduceat(np.append(np.abs(data), 0.0), self.starts[:-1])
-        if sums.max() > EXACT_HALVES:
-            return self.product(data)
+        largest = max(data.max(initial=0.0), -data.min(initial=0.0))
+        if largest * np.diff(self.starts).max(initial=0) > EXACT_HALVES:
+            sums = np.add.reduceat(np.append(np.abs(data), 0.0), self.starts[:-1])
+            if sums.max() > EXACT_HALVES:
+                return self.product(data)
         return self._product(data.astype(np.float32), self.y.astype(np.float32)).astype(np.float64)
 
     def total(self, data: Float[np.ndarray, " stored"]) -> Float[np.ndarray, " feature"]:
