@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,6 +109,20 @@ def own_tokenizer(tokenizer: Any) -> Any | None:
     return own
 
 
+SAMPLES = ("3 + 14 = 17, or 3.5?", "Isn't it\n\nlate: caf\u00e9 (a_b)  ")
+"""Digits, signs, contractions, accents and spaces: where ways to split a text part."""
+
+
+def opened_otherwise(tokenizer: Any, folder: Path) -> str | None:
+    """The class that `AutoTokenizer` makes of what `tokenizer` saved in `folder`, if it splits
+    texts in another way: for some architectures transformers has its own, whatever is saved."""
+    from transformers import AutoTokenizer
+
+    opened = AutoTokenizer.from_pretrained(folder)
+    same = all(opened(text)["input_ids"] == tokenizer(text)["input_ids"] for text in SAMPLES)
+    return None if same else type(opened).__name__
+
+
 def module_names(model: Model, *, base: bool = False) -> dict[int, str]:
     """Names in a plain model of every module under the bridge, by `id`; those of the model without
     its head with `base`."""
@@ -188,4 +203,4 @@ def output_module(model: Model, hook_name: str) -> str:
     return name
 
 
-__all__ = ["output_module", "own_tokenizer", "plain_model", "saved_sites"]
+__all__ = ["opened_otherwise", "output_module", "own_tokenizer", "plain_model", "saved_sites"]

@@ -10,6 +10,7 @@ All three add a constant at every token, so all refuse what depends on position 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shutil import rmtree
@@ -19,7 +20,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_steering_plugin.adapters.checkpoint import output_module, own_tokenizer, plain_model
+from sae_steering_plugin.adapters.checkpoint import (
+    opened_otherwise,
+    output_module,
+    own_tokenizer,
+    plain_model,
+)
 from sae_steering_plugin.adapters.parameters import place_of
 from sae_steering_plugin.adapters.sharing import steered_logits
 from sae_steering_plugin.adapters.weights import (
@@ -45,11 +51,11 @@ def export_checkpoint(model: Any, edits: Steering | WeightEdit, folder: str | Pa
 
     Holds the weights, the tokenizer of the model's own checkpoint (a host's prepends a BOS where
     that one may not; `steering.json` says when it was not found and the host's was saved), and
-    `steering.json` with what was added. Written, loaded again
-    with `AutoModelForCausalLM` and compared with the edited model on a short text before this
-    returns. Raises NotConvertible, leaving no folder behind, for edits that are none of weights,
-    for architectures that have no such parameter, and when the comparison fails; FileExistsError
-    for a folder that holds something.
+    `steering.json` with what was added. Written, loaded again with `AutoModelForCausalLM` and
+    compared with the edited model on a short text before this returns. Warns where `AutoTokenizer`
+    would split texts otherwise than the tokenizer that was saved. Raises NotConvertible, leaving no
+    folder behind, for edits that are none of weights, for architectures that have no such
+    parameter, and when the comparison fails; FileExistsError for a folder that holds something.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -61,7 +67,15 @@ def export_checkpoint(model: Any, edits: Steering | WeightEdit, folder: str | Pa
     if model.tokenizer is not None:
         own = own_tokenizer(model.tokenizer)
         told["tokenizer"] = HOST_TOKENIZER if own is None else OWN_TOKENIZER
-        (model.tokenizer if own is None else own).save_pretrained(folder)
+        saved = model.tokenizer if own is None else own
+        saved.save_pretrained(folder)
+        if other := opened_otherwise(saved, folder):
+            told["tokenizer"] += f"; AutoTokenizer opens it as {other}, which splits otherwise"
+            warnings.warn(
+                f"transformers' AutoTokenizer opens {folder} as {other} and splits texts otherwise "
+                f"than the model's tokenizer: load it with {type(saved).__name__}.from_pretrained",
+                stacklevel=2,
+            )
     (folder / PROVENANCE).write_text(json.dumps(told, indent=1))
     try:
         require_equal(model, weights, folder)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sae_steering_plugin.adapters.checkpoint import plain_model
+from sae_steering_plugin.adapters.checkpoint import opened_otherwise, plain_model
 from sae_steering_plugin.adapters.engine import generate
 from sae_steering_plugin.adapters.sae_lens import SteeringDictionary, load_sae
 from sae_steering_plugin.adapters.sharing import steered_logits
@@ -23,6 +23,7 @@ from sae_steering_plugin.adapters.weights import (
     to_bias_edit,
 )
 from sae_steering_plugin.edits import Add, Clamp
+from sae_steering_plugin.runs import export
 from sae_steering_plugin.runs.export import (
     export_checkpoint,
     export_gguf,
@@ -112,6 +113,20 @@ def test_a_tokenizer_whose_source_is_gone_is_saved_as_the_host_has_it_and_said(t
     assert saved("sat")["input_ids"] == model.tokenizer("sat")["input_ids"]
     told = json.loads((tmp_path / "host" / "steering.json").read_text())["tokenizer"]
     assert told.startswith("as the host has it")
+
+
+def test_a_tokenizer_that_transformers_opens_as_another_is_told(tmp_path, monkeypatch):
+    own = tiny_tokenizer()
+    model_of("gpt2").original_model.config.save_pretrained(tmp_path)
+    own.save_pretrained(tmp_path)
+    assert opened_otherwise(own, tmp_path) is None
+    assert opened_otherwise(lambda text: {"input_ids": [3]}, tmp_path)
+    # agent-qwen3_5_moe's architecture is such a one: transformers has a way of its own to split
+    monkeypatch.setattr(export, "opened_otherwise", lambda *_: "Qwen3_5Tokenizer")
+    with pytest.warns(UserWarning, match="opens .* as Qwen3_5Tokenizer and splits texts otherwise"):
+        export_checkpoint(model_of("gpt2"), at("blocks.0.hook_resid_post"), tmp_path / "other")
+    told = json.loads((tmp_path / "other" / "steering.json").read_text())["tokenizer"]
+    assert told.endswith("AutoTokenizer opens it as Qwen3_5Tokenizer, which splits otherwise")
 
 
 def test_only_what_is_needed_is_switched_on_and_untied(tmp_path):
