@@ -42,7 +42,8 @@ from sae_steering_plugin.effects.axis import INDEPENDENT, Axis  # noqa: E402
 from sae_steering_plugin.organisms import data_folder, list_organisms, read_card  # noqa: E402
 from sae_steering_plugin.runs.autonomy import run_autonomy  # noqa: E402
 from sae_steering_plugin.runs.autonomy_report import AutonomyReport  # noqa: E402
-from sae_steering_plugin.runs.provenance import finite, versions  # noqa: E402
+from sae_steering_plugin.runs.canonical import finite  # noqa: E402
+from sae_steering_plugin.runs.environment import versions  # noqa: E402
 from sae_steering_plugin.runs.transcripts import PROXIES  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent

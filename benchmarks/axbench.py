@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
+from benchmarks.pages import table_lines  # noqa: E402
 from benchmarks.timing import versions  # noqa: E402
 from sae_steering_plugin.organisms import list_organisms  # noqa: E402
 from sae_steering_plugin.runs.axbench.evaluation import (  # noqa: E402
@@ -46,9 +47,9 @@ from sae_steering_plugin.runs.axbench.writer import (  # noqa: E402
     missing_columns,
     read_evaluation,
 )
+from sae_steering_plugin.runs.canonical import finite  # noqa: E402
 from sae_steering_plugin.runs.choice_evaluation import primary_sae  # noqa: E402
 from sae_steering_plugin.runs.parts import collect  # noqa: E402
-from sae_steering_plugin.runs.provenance import finite  # noqa: E402
 from sae_steering_plugin.runs.runner import InProcess  # noqa: E402
 from sae_steering_plugin.runs.steering_methods import METHODS  # noqa: E402
 
@@ -229,9 +230,7 @@ def page(results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], quick
         for title, rows in tables.items():
             text += [f"{title}; {PROXY}:" if PROXY not in title else f"{title}:", ""]
             heads = list(rows[0])
-            text += [f"| {' | '.join(heads)} |", f"| {' | '.join('---' for _ in heads)} |"]
-            text += [f"| {' | '.join(str(row[one]) for one in heads)} |" for row in rows]
-            text.append("")
+            text += [*table_lines(heads, ([row[one] for one in heads] for row in rows)), ""]
     text += [f"Versions: {versions()}", ""]
     return "\n".join(text)
 

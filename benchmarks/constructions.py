@@ -22,13 +22,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from sae_steering_plugin.organisms import list_organisms  # noqa: E402
+from sae_steering_plugin.runs.canonical import finite  # noqa: E402
 from sae_steering_plugin.runs.construction_table import (  # noqa: E402
     ConstructionTable,
     TableBudget,
     compare_constructions,
 )
 from sae_steering_plugin.runs.demo import row  # noqa: E402
-from sae_steering_plugin.runs.provenance import finite  # noqa: E402
 from sae_steering_plugin.types import Effect  # noqa: E402
 
 QUICK = TableBudget(

@@ -6,13 +6,14 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sae_steering_plugin.runs.provenance import finite, versions
+from sae_steering_plugin.runs.canonical import finite
+from sae_steering_plugin.runs.environment import versions
 
 
 def asked(about: str, models: Sequence[str] = ()) -> argparse.Namespace:
@@ -29,6 +30,12 @@ def asked(about: str, models: Sequence[str] = ()) -> argparse.Namespace:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     return parser.parse_args()
+
+
+def table_lines(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """A Markdown table, a line per row."""
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    return [*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)]
 
 
 def give(options: argparse.Namespace, results: Mapping[str, Any], page: str) -> None:

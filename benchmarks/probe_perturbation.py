@@ -19,7 +19,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.pages import asked, give  # noqa: E402
+from benchmarks.pages import asked, give, table_lines  # noqa: E402
 from sae_steering_plugin import (  # noqa: E402
     collect_pooled,
     load_organism,
@@ -96,7 +96,7 @@ def listed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     probes = [name for name in ("clean", "biased") if name in rows[0]]
     heads = ["SAE", *probes, *(f"n = {n}" for n in numbers)]
     heads += [f"lead, n = {n}" for n in (numbers[0], HEADLINE)]
-    lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
+    lines = []
     for sae in dict.fromkeys(row["sae"] for row in rows):
         by_n = {row["n"]: row for row in rows if row["sae"] == sae}
         cells = [sae, *(f"{by_n[numbers[0]][name]:.2f}" for name in probes)]
@@ -105,27 +105,26 @@ def listed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{row['lead']:+.3f} [{row['lead_low']:+.3f}, {row['lead_high']:+.3f}]"
             for row in (by_n[numbers[0]], by_n[HEADLINE])
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        lines.append(cells)
+    return table_lines(heads, lines)
 
 
 def found_in(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """How often the dictionary is ahead of random directions, and behind, for each n."""
-    lines = [
-        "In how many dictionaries the whole interval of the lead is above 0, and below it:",
-        "",
-        "| metric | " + " | ".join(f"n = {n}" for n in N_FEATURES) + " |",
-        "| --- |" + " --- |" * len(N_FEATURES),
-    ]
+    lines = []
     for metric in ("TPP", "SCR"):
-        cells = []
+        cells = [metric]
         for n in N_FEATURES:
             own = [row for row in rows if (row["metric"], row["n"]) == (metric, n)]
             above = sum(row["lead_low"] > 0 for row in own)
             below = sum(row["lead_high"] < 0 for row in own)
             cells.append(f"{above} above, {below} below, of {len(own)}")
-        lines.append(f"| {metric} | {' | '.join(cells)} |")
-    return lines
+        lines.append(cells)
+    return [
+        "In how many dictionaries the whole interval of the lead is above 0, and below it:",
+        "",
+        *table_lines(["metric", *(f"n = {n}" for n in N_FEATURES)], lines),
+    ]
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from sae_steering_plugin.directions.sparse import sas_vector  # noqa: E402
 from sae_steering_plugin.directions.width import width_trend  # noqa: E402
 from sae_steering_plugin.edits.codes import SparseAdd  # noqa: E402
 from sae_steering_plugin.organisms import list_organisms, load_organism  # noqa: E402
+from sae_steering_plugin.runs.canonical import finite  # noqa: E402
 from sae_steering_plugin.runs.choice_evaluation import choices  # noqa: E402
 from sae_steering_plugin.runs.choice_items import world_prompted  # noqa: E402
 from sae_steering_plugin.runs.choices import evaluate_choices  # noqa: E402
@@ -38,7 +39,6 @@ from sae_steering_plugin.runs.contrast_files import chat_render  # noqa: E402
 from sae_steering_plugin.runs.judges import open_judge  # noqa: E402
 from sae_steering_plugin.runs.open_ended import evaluate_open_ended, world_requests  # noqa: E402
 from sae_steering_plugin.runs.parts import collect  # noqa: E402
-from sae_steering_plugin.runs.provenance import finite  # noqa: E402
 from sae_steering_plugin.runs.runner import InProcess  # noqa: E402
 from sae_steering_plugin.runs.sas_protocol import SAERef, SASWorker  # noqa: E402
 from sae_steering_plugin.runs.sas_tables import (  # noqa: E402

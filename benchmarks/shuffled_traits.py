@@ -39,8 +39,8 @@ from sae_steering_plugin.runs.autonomy_vectors import (  # noqa: E402
     VectorSettings,
     saved_vectors,
 )
+from sae_steering_plugin.runs.environment import versions  # noqa: E402
 from sae_steering_plugin.runs.parts import collect  # noqa: E402
-from sae_steering_plugin.runs.provenance import versions  # noqa: E402
 from sae_steering_plugin.runs.references import ModelRef  # noqa: E402
 from sae_steering_plugin.runs.rollout_evaluation import chosen_scenarios  # noqa: E402
 from sae_steering_plugin.runs.rollout_plan import (  # noqa: E402

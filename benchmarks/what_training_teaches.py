@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from scipy.stats import mannwhitneyu  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.pages import asked, give
+from benchmarks.pages import asked, give, table_lines
 from sae_steering_plugin import (  # noqa: E402
     ConceptAblation,
     ConceptGradientEdit,
@@ -617,11 +617,6 @@ def p_value(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
-def table_lines(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
-    return [*lines, *(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows), ""]
-
-
 def page(found: Sequence[dict[str, Any]], sizes: Sizes) -> str:
     """The results as the page in docs/."""
     models = " ".join(one["model"] for one in found)
@@ -722,23 +717,28 @@ def named_lines(one: dict[str, Any]) -> list[str]:
             for row in one["named"]
         ],
     )
+    lines.append("")
     lines += [
         "Per-example pushes, each example in its own scale, as a score that tells a pirate's "
         "example from a sum (AUC, 95 %):",
         "",
     ]
-    return lines + table_lines(
-        ("score", "AUC", "interval", "sums and pirates"),
-        [
-            (
-                name,
-                f"{row['auc']:.3f}",
-                f"[{row['low']:.3f}, {row['high']:.3f}] ({row['how']})",
-                " and ".join(str(n) for n in row["n"]),
-            )
-            for name, row in one["separation"].items()
-        ],
-    )
+    return [
+        *lines,
+        *table_lines(
+            ("score", "AUC", "interval", "sums and pirates"),
+            [
+                (
+                    name,
+                    f"{row['auc']:.3f}",
+                    f"[{row['low']:.3f}, {row['high']:.3f}] ({row['how']})",
+                    " and ".join(str(n) for n in row["n"]),
+                )
+                for name, row in one["separation"].items()
+            ],
+        ),
+        "",
+    ]
 
 
 def forecast_lines(one: dict[str, Any]) -> list[str]:
@@ -771,6 +771,7 @@ def forecast_lines(one: dict[str, Any]) -> list[str]:
         "the interval of the difference from the push's correlation leaves out 0.",
         "",
         *table_lines(("training", "positions", "outcome", *names), made),
+        "",
     ]
 
 
@@ -813,6 +814,7 @@ def arm_lines(one: dict[str, Any]) -> list[str]:
         "can learn the style instead.",
         "",
         *table_lines(heads, made),
+        "",
     ]
 
 

@@ -41,6 +41,7 @@ from sae_steering_plugin.adapters.sae_parts import (
 )
 from sae_steering_plugin.adapters.transformer_lens import (
     Model,
+    Site,
     is_bridge,
     refuse_compiled,
     resolve,
@@ -202,6 +203,22 @@ class LiveHook:
         return self._changes[key](output, where)
 
 
+def gradient_site(model: Model, hook_name: str) -> Site:
+    """The live site of a hook point that gradients are read or changed at.
+
+    Warns where that is a branch of the stream (`tell_of_a_branch`). Raises ValueError where an SAE
+    is attached: its error term cuts the gradient (shared/methods/gradient_projection section 9).
+    """
+    site = resolve(model, hook_name)
+    if site.sae is not None:
+        raise ValueError(
+            f"an SAE is attached at {site.name!r}: gradients do not pass its error term; detach it "
+            "first"
+        )
+    tell_of_a_branch(hook_name, site)
+    return site
+
+
 @contextmanager
 def training_hooks(
     model: Model, hooks: TrainingHook | Sequence[TrainingHook]
@@ -222,13 +239,7 @@ def training_hooks(
     live = []
     with ExitStack() as stack:
         for hook in wanted:
-            site = resolve(model, hook.hook_name)
-            if site.sae is not None:
-                raise ValueError(
-                    f"an SAE is attached at {site.name!r}: gradients do not pass its error term; "
-                    "detach it before training"
-                )
-            tell_of_a_branch(hook.hook_name, site)
+            site = gradient_site(model, hook.hook_name)
             one = LiveHook(hook, site.name)
             stack.callback(site.point.register_forward_hook(one).remove)
             live.append(one)

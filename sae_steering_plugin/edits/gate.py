@@ -150,8 +150,8 @@ class FeatureFires:
     """The SAE's own condition: max over the read tokens of one latent's code, against a threshold.
 
     With several latents the largest of their codes counts. With `per="token"` the token's own code.
-    Raises ValueError for a latent outside the dictionary
-    and for a temporal dictionary, whose codes need every earlier token.
+    Raises ValueError for a latent outside the dictionary and for a temporal dictionary, whose codes
+    need every earlier token.
     """
 
     sae: Any

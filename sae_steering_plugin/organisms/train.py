@@ -63,16 +63,16 @@ class Plan:
     scenarios: int = 200
 
 
-def gpt2(tokenizer: Any) -> Any:
-    """An untrained GPT-2 of four layers and width 128."""
+def gpt2(tokenizer: Any, *, layers: int = 4, width: int = 128, context: int = CONTEXT) -> Any:
+    """An untrained GPT-2 with four heads."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(
         GPT2Config(
-            n_layer=4,
-            n_embd=128,
+            n_layer=layers,
+            n_embd=width,
             n_head=4,
-            n_positions=CONTEXT,
+            n_positions=context,
             vocab_size=len(tokenizer),
             activation_function="gelu_pytorch_tanh",  # GPT-2's own function, in one kernel
             resid_pdrop=0.0,

@@ -27,39 +27,18 @@ from .calendar import (
     train_tokenizer,
     weights,
 )
-from .train import special_ids, versions
+from .train import gpt2, versions
 from .training import Budget, Row, train_model
 
 NAME = "calendar-gpt2"
 SUMMARY = "a GPT-2 of three layers and width 64 that reckons with days and months"
 SEED = 0
-CONTEXT = 32
+CONTEXT, LAYERS, WIDTH = 32, 3, 64
 BUDGET = Budget(60_000, 4096, steps=1300, learning_rate=4e-3, batch_tokens=4096, weight_decay=0.3)
 QUICK = Budget(60, 400, steps=3, learning_rate=1e-3, batch_tokens=400, warmup=1)
 SAE_TOKENS, SAE_WIDTH, SAE_K, SAE_LAYERS = 400_000, 256, 12, (1, 2)
 SAE_DOCUMENTS = 6000
 PRIMARY = f"l1-topk-{SAE_WIDTH}"
-
-
-def gpt2(tokenizer: Any) -> Any:
-    """An untrained GPT-2 of three layers and width 64."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(
-        GPT2Config(
-            n_layer=3,
-            n_embd=64,
-            n_head=4,
-            n_positions=CONTEXT,
-            vocab_size=len(tokenizer),
-            activation_function="gelu_pytorch_tanh",
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            initializer_range=0.04,
-            **special_ids(tokenizer),
-        )
-    )
 
 
 def rows_of(world: Calendar, tokenizer: Any, n: int, *, seed: int = 0) -> list[Row]:
@@ -79,7 +58,7 @@ def make_model(folder: Path, budget: Budget, log: Callable[[str], None]) -> dict
     torch.manual_seed(SEED)
     train_tokenizer(str(folder), world.vocabulary)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    model = gpt2(tokenizer)
+    model = gpt2(tokenizer, layers=LAYERS, width=WIDTH, context=CONTEXT)
     started = time.perf_counter()
     rows = rows_of(world, tokenizer, budget.documents)
     trained = train_model(
@@ -87,7 +66,7 @@ def make_model(folder: Path, budget: Budget, log: Callable[[str], None]) -> dict
     )
     model.config.architectures = [type(model).__name__]
     model.save_pretrained(folder)
-    return {**asdict(budget), **trained, "seconds": round(time.perf_counter() - started, 1)}
+    return {**asdict(budget), **trained, "seconds": seconds(started)}
 
 
 def make_saes(

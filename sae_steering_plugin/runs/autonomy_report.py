@@ -263,7 +263,7 @@ class AutonomyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the transcripts, as JSON takes it (numbers that are not finite: null)."""
-        from .provenance import finite
+        from .canonical import finite
 
         return finite(
             {

@@ -178,3 +178,12 @@ def scalar(kind: Any, value: Any, place: str) -> Any:
 def expect(value: Any, kind: type, place: str) -> None:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{place} must be {kind.__name__}, not {type(value).__name__}")
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for every number JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_steering_plugin.directions import score_table
+from sae_steering_plugin.runs.canonical import finite
 from sae_steering_plugin.runs.collect import collect_contrast, encode_labelled
 from sae_steering_plugin.runs.contrast_files import ContrastFile, read_contrast_file
 from sae_steering_plugin.runs.contrast_outcomes import outcome_word, run_contrast
@@ -33,7 +34,7 @@ from sae_steering_plugin.runs.demo_stages import (
     shift,
     sparse_arm,
 )
-from sae_steering_plugin.runs.provenance import finite, versions
+from sae_steering_plugin.runs.environment import versions
 from sae_steering_plugin.runs.rollouts import Arm, run_rollouts
 from sae_steering_plugin.runs.subject import Subject, one_thread, open_subject, world_contrast
 from sae_steering_plugin.runs.transcripts import Rollouts, transcript_pairs

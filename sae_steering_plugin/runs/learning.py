@@ -29,13 +29,8 @@ from sae_steering_plugin.adapters.activations import (
 from sae_steering_plugin.adapters.learning import learning_logits
 from sae_steering_plugin.adapters.sae_lens import sae_id
 from sae_steering_plugin.adapters.sae_parts import site_names, whole_codes
-from sae_steering_plugin.adapters.training_hooks import linear_decoder
-from sae_steering_plugin.adapters.transformer_lens import (
-    Model,
-    refuse_compiled,
-    resolve,
-    tell_of_a_branch,
-)
+from sae_steering_plugin.adapters.training_hooks import gradient_site, linear_decoder
+from sae_steering_plugin.adapters.transformer_lens import Model, refuse_compiled
 from sae_steering_plugin.concepts import GradientSums
 from sae_steering_plugin.runs.collect import require_fit
 from sae_steering_plugin.runs.learning_losses import (
@@ -391,12 +386,6 @@ def captured(model: Model, sites: Sequence[str]) -> Iterator[dict[str, Tensor]]:
 
     with ExitStack() as stack:
         for name in sites:
-            site = resolve(model, name)
-            if site.sae is not None:
-                raise ValueError(
-                    f"an SAE is attached at {name!r}: gradients do not pass its error term; detach "
-                    "it first"
-                )
-            tell_of_a_branch(name, site)
+            site = gradient_site(model, name)
             stack.callback(site.point.register_forward_hook(keep(name)).remove)
         yield seen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,40 +58,71 @@ def collect_codes(
         raise ValueError(f"starts has {len(starts)} entries for {len(texts)} texts")
     if not len(texts):
         raise ValueError("there are no texts to encode")
-    hook_name = site_names(sae)[0]
     bos = bos_policy(model, sae, prepend_bos)
     encoded, shortened = shortened_texts(model, texts, bos, max_tokens, cut)
     first = [first_token(text, number, starts) for number, text in enumerate(encoded)]
-    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in poolings}
-    order = sorted(range(len(texts)), key=lambda i: -len(encoded[i]))
-    with tqdm(total=len(texts), desc="codes", unit="text", disable=not progress) as bar:
-        for begin in range(0, len(order), batch_size):
-            chosen = order[begin : begin + batch_size]
-            batch = padded(model, [encoded[i] for i in chosen])
-            x = activations_at(model, hook_name, batch)
-            if begin == 0:
-                require_fit(sae, hook_name, x[batch.counted.to(x.device)], None)
-            counted = batch.counted.clone()
-            for row, i in enumerate(chosen):
-                counted[row, : first[i]] = False
-            for rows in blocks(len(chosen), x.shape[1] * sae.W_dec.shape[0]):
-                # A temporal dictionary reads earlier tokens, so rows stay whole.
-                with torch.no_grad():
-                    codes = whole_codes(sae, x[rows])
-                numbers = torch.tensor(chosen)[rows]
-                for name in poolings:
-                    pooled = pool(name, codes, counted[rows].to(codes.device)).cpu()
-                    member, feature = pooled.nonzero(as_tuple=True)
-                    found[name].append((feature, numbers[member], pooled[member, feature]))
-            bar.update(len(chosen))
     about = {
         "architecture": architecture(sae),
         "prepend_bos": bos,
         "prefix_left_out": bool(starts),
         "cut": shortened,
     }
+    return pooled_pass(
+        model,
+        sae,
+        encoded,
+        first,
+        poolings,
+        settings=about,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def pooled_pass(
+    model: Any,
+    sae: Any,
+    encoded: Sequence[EncodedText],
+    first: Sequence[int],
+    poolings: Sequence[str],
+    *,
+    settings: Mapping[str, Any],
+    batch_size: int,
+    progress: bool,
+    codes_of: Callable[[Any, Tensor], Tensor] = whole_codes,
+    see: Callable[[int, Tensor], None] | None = None,
+) -> dict[str, PooledCodes]:
+    """Codes of the tokens from `first[i]` of text i on, pooled, from one pass over the texts.
+
+    `codes_of(sae, x)` are the codes; `see(i, x)` is shown the activations `[token d_in]` that text
+    i is pooled over.
+    """
+    hook_name, width = site_names(sae)[0], sae.W_dec.shape[0]
+    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in poolings}
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    with tqdm(total=len(encoded), desc="codes", unit="text", disable=not progress) as bar:
+        for begin in range(0, len(order), batch_size):
+            chosen = order[begin : begin + batch_size]
+            batch = padded(model, [encoded[i] for i in chosen])
+            x = activations_at(model, hook_name, batch)
+            if begin == 0:
+                require_fit(sae, hook_name, x[batch.counted.to(x.device)], None)
+            counted = batch.counted.to(x.device, copy=True)
+            for row, i in enumerate(chosen):
+                counted[row, : first[i]] = False
+                if see is not None:
+                    see(i, x[row, counted[row]])
+            for rows in blocks(len(chosen), x.shape[1] * width):
+                # A temporal dictionary reads earlier tokens, so rows stay whole.
+                with torch.no_grad():
+                    codes = codes_of(sae, x[rows])
+                numbers = torch.tensor(chosen)[rows]
+                for name in poolings:
+                    pooled = pool(name, codes, counted[rows].to(codes.device)).cpu()
+                    member, feature = pooled.nonzero(as_tuple=True)
+                    found[name].append((feature, numbers[member], pooled[member, feature]))
+            bar.update(len(chosen))
     n_tokens = torch.tensor([len(t) - f for t, f in zip(encoded, first, strict=True)])
-    width = sae.W_dec.shape[0]
     return {
         name: by_feature(
             *(torch.cat(part) for part in zip(*entries, strict=True)),
@@ -100,7 +131,7 @@ def collect_codes(
             pooling=name,
             sae_id=sae_id(sae),
             hook_name=hook_name,
-            settings=about,
+            settings=settings,
         )
         for name, entries in found.items()
     }

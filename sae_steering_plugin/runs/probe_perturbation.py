@@ -28,16 +28,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ..adapters.activations import activations_at, bos_policy, padded
-from ..adapters.sae_lens import sae_id
+from ..adapters.activations import bos_policy
 from ..adapters.sae_parts import (
     TRANSCODERS,
     architecture,
     decoder_rows,
     normalised,
-    site_names,
     whole_codes,
 )
 from ..effects.intervals import Interval, mean_interval
@@ -53,8 +50,7 @@ from ..features.perturbation import (
 )
 from ..features.pooled import PooledCodes
 from ..features.scores import label_table
-from .collect import require_fit
-from .pooled_codes import blocks, by_feature, first_token, pool, shortened_texts
+from .pooled_codes import blocks, by_feature, first_token, pooled_pass, shortened_texts
 from .probe_comparison import logistic, random_directions
 from .splits import linked_groups
 
@@ -112,58 +108,43 @@ def collect_pooled(
         raise ValueError("a transcoder does not rebuild what it reads: pass an SAE of one site")
     if not len(texts):
         raise ValueError("there are no texts to encode")
-    hook_name = site_names(sae)[0]
-    bos = bos_policy(model, sae, prepend_bos)
-    encoded, shortened = shortened_texts(model, texts, bos, max_tokens, cut)
-    for number, text in enumerate(encoded):
-        first_token(text, number, ())  # raises where a cut left the BOS alone
-    width = sae.W_dec.shape[0]
+    encoded, shortened = shortened_texts(
+        model, texts, bos_policy(model, sae, prepend_bos), max_tokens, cut
+    )
+    first = [first_token(text, number, ()) for number, text in enumerate(encoded)]
     tokens: dict[int, Tensor] = {}
-    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {"mean": [], "frequency": []}
-    order = sorted(range(len(texts)), key=lambda i: -len(encoded[i]))
-    with tqdm(total=len(texts), desc="codes", unit="text", disable=not progress) as bar:
-        for begin in range(0, len(order), batch_size):
-            numbers = order[begin : begin + batch_size]
-            batch = padded(model, [encoded[i] for i in numbers])
-            x = activations_at(model, hook_name, batch)
-            counted = batch.counted.to(x.device)
-            if begin == 0:
-                require_fit(sae, hook_name, x[counted], None)
-            for row, i in enumerate(numbers):
-                tokens[i] = x[row, counted[row]].cpu()
-            for part in blocks(len(numbers), x.shape[1] * width):
-                with torch.no_grad():
-                    codes = whole_codes(sae, x[part])
-                scale = normalised(sae, x[part])[1]
-                codes = codes if scale is None else codes * scale
-                place = torch.tensor(numbers)[part]
-                for name, entries in found.items():
-                    pooled = pool(name, codes, counted[part]).cpu()
-                    member, feature = pooled.nonzero(as_tuple=True)
-                    entries.append((feature, place[member], pooled[member, feature]))
-            bar.update(len(numbers))
-    lengths = [len(tokens[i]) for i in range(len(texts))]
-    pooled_codes = {
-        name: by_feature(
-            *(torch.cat(part) for part in zip(*entries, strict=True)),
-            width=width,
-            n_tokens=torch.tensor(lengths),
-            pooling=name,
-            sae_id=sae_id(sae),
-            hook_name=hook_name,
-        )
-        for name, entries in found.items()
-    }
+
+    def keep(number: int, x: Tensor) -> None:
+        tokens[number] = x.cpu()
+
+    codes = pooled_pass(
+        model,
+        sae,
+        encoded,
+        first,
+        ("mean", "frequency"),
+        settings={},
+        batch_size=batch_size,
+        progress=progress,
+        codes_of=codes_in_rows,
+        see=keep,
+    )
     return PooledTexts(
         torch.stack([tokens[i].double().mean(0) for i in range(len(texts))]).numpy(),
-        pooled_codes["mean"],
-        pooled_codes["frequency"],
+        codes["mean"],
+        codes["frequency"],
         decoder_rows(sae).double().cpu().numpy(),
         torch.cat([tokens[i] for i in range(len(texts))]).numpy(),
-        np.cumsum([0, *lengths]),
+        np.cumsum([0, *(len(tokens[i]) for i in range(len(texts)))]),
         tuple(linked_groups(texts, groups)),
         tuple(shortened),
     )
+
+
+def codes_in_rows(sae: Any, x: Tensor) -> Tensor:
+    """Codes in units of the decoder row, whatever is normalised while the SAE runs."""
+    codes, scale = whole_codes(sae, x), normalised(sae, x)[1]
+    return codes if scale is None else codes * scale
 
 
 # Results ------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def write_summary(
     """
     import pyarrow.parquet as pq
 
-    from .provenance import finite
+    from .canonical import finite
 
     folder = Path(out)
     content = {
