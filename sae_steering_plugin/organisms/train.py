@@ -435,15 +435,24 @@ def page(card: Mapping[str, Any]) -> str:
         "",
         "| SAE | latents | explained variance | L0 | dead |",
         "| --- | --- | --- | --- | --- |",
-        *(
-            f"| {name} | {one['d_sae']} | {one['explained_variance']:.3f} | {one['l0']:.1f} | "
-            f"{one['dead_share']:.3f} |"
-            for name, one in card["saes"].items()
-        ),
+        *sae_rows(card),
         "",
-        "Made with " + ", ".join(f"{k} {v}" for k, v in card["versions"].items()) + ".",
+        made_with(card),
     ]
     return "\n".join(lines) + "\n"
+
+
+def sae_rows(card: Mapping[str, Any]) -> list[str]:
+    """The lines of a card's table of SAEs: latents, explained variance, L0, dead share."""
+    return [
+        f"| {name} | {one['d_sae']} | {one['explained_variance']:.3f} | {one['l0']:.1f} | "
+        f"{one['dead_share']:.3f} |"
+        for name, one in card["saes"].items()
+    ]
+
+
+def made_with(card: Mapping[str, Any]) -> str:
+    return "Made with " + ", ".join(f"{k} {v}" for k, v in card["versions"].items()) + "."
 
 
 def make(

@@ -27,7 +27,7 @@ from .calendar import (
     train_tokenizer,
     weights,
 )
-from .train import gpt2, versions
+from .train import gpt2, made_with, sae_rows, versions
 from .training import Budget, Row, train_model
 
 NAME = "calendar-gpt2"
@@ -213,13 +213,9 @@ def page(card: Mapping[str, Any]) -> str:
         "",
         "| SAE | latents | explained variance | L0 | dead |",
         "| --- | ---: | ---: | ---: | ---: |",
-        *(
-            f"| {name} | {one['d_sae']} | {one['explained_variance']:.3f} | {one['l0']:.1f} | "
-            f"{one['dead_share']:.3f} |"
-            for name, one in card["saes"].items()
-        ),
+        *sae_rows(card),
         "",
-        "Made with " + ", ".join(f"{k} {v}" for k, v in card["versions"].items()) + ".",
+        made_with(card),
     ]
     return "\n".join(lines) + "\n"
 
