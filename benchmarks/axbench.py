@@ -208,12 +208,14 @@ def reading(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     return [*found, ""] if found else []
 
 
-def page(results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], quick: bool) -> str:
+def page(
+    results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], options: Sequence[str] = ()
+) -> str:
     text = [
         f"# AxBench's protocol on small models: {PROXY}",
         "",
-        "Written by `python -m benchmarks.axbench --table docs/axbench.md`"
-        + (" with `--quick`." if quick else "."),
+        f"Written by `{' '.join(['python -m benchmarks.axbench', *options])} --table "
+        "docs/axbench.md`.",
         "",
         "Every score here is read by a rule or by word statistics, never by a language model: the "
         "order of methods on these planted tasks may be read off, the level may not, and nothing "
@@ -275,7 +277,10 @@ def main() -> None:
         if real is not None:
             title = f"concept10 (2B L10) on {REAL_MODEL}: {len(real.concept_ids)} concepts"
             results[title] = run(real, "offline", out / REAL_MODEL)
-    text = page(results, arguments.quick)
+    options = ["--quick"] * arguments.quick + ["--words"] * arguments.words
+    if arguments.budgets:
+        options += ["--budgets", *map(str, arguments.budgets)]
+    text = page(results, options)
     sys.stdout.write(text)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
